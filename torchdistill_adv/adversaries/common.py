@@ -1,0 +1,63 @@
+"""What all searches share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from torchdistill_adv.noise import Noise
+from torchdistill_adv.threat import ThreatModel
+
+RowObjective = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The result of a search.
+
+    Args:
+        rows: examples in model-input space, (R, ...). Several per image come particle by particle: row ``k * N + i``
+            is the k-th example of image i.
+        index: the clean image of each row, (R,).
+        path: the iterates after each step, (num_steps, R, ...), where they were asked for.
+    """
+
+    rows: Tensor
+    index: Tensor
+    path: Tensor | None = None
+
+
+class Adversary(Protocol):
+    """The form of a search; see :mod:`torchdistill_adv.adversaries`."""
+
+    @property
+    def targeted(self) -> bool: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_gradients(self) -> int: ...
+    def __call__(self, objective: RowObjective, x: Tensor, threat: ThreatModel, noise: Noise) -> Examples: ...
+
+
+def input_gradient(objective: RowObjective, rows: Tensor, index: Tensor, chunk_size: int | None = None) -> Tensor:
+    """The gradient of each row's objective with respect to that row, (R, ...).
+
+    ``chunk_size`` bounds how many rows go through the networks at once; as rows are independent, it changes nothing
+    but the memory. Parameters get no gradient.
+    """
+    gradients = []
+    with torch.enable_grad():
+        for some, which in zip(rows.split(chunk_size or len(rows)), index.split(chunk_size or len(rows)), strict=True):
+            leaf = some.detach().requires_grad_()
+            gradients.append(torch.autograd.grad(objective(leaf, which).sum(), leaf)[0])
+    return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+
+def put(self: Any, **values: Any) -> None:
+    """Set checked values on a frozen dataclass in ``__post_init__``."""
+    for name, value in values.items():
+        object.__setattr__(self, name, value)

@@ -1,0 +1,89 @@
+"""torchdistill's boxes, read in one form: their networks, hooks and stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torchdistill.common.constant import SELF_MODULE_PATH
+from torchdistill.core.distillation import DistillationBox, MultiStagesDistillationBox
+from torchdistill.core.training import MultiStagesTrainingBox, TrainingBox
+from torchdistill.core.util import extract_io_dict, update_io_dict
+from torchdistill.models.wrapper import AuxiliaryModelWrapper
+
+from torchdistill_adv.guards import around_ddp
+
+Box: TypeAlias = DistillationBox | TrainingBox
+IODict: TypeAlias = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One network of a box.
+
+    Args:
+        network: what searches and losses call: the network itself, outside torchdistill's wrappers, some of which run
+            it under ``no_grad``.
+        outermost: what the box calls, auxiliary modules included.
+        forward_proc: how the box calls it.
+        io_dict: the dictionary that torchdistill's forward hooks fill.
+        updatable: whether the box lets gradients through it.
+    """
+
+    network: nn.Module
+    outermost: nn.Module
+    forward_proc: Any
+    io_dict: IODict
+    updatable: bool
+
+    def collect(self, batch: Tensor, targets: Any, supp_dict: Any, device: torch.device) -> IODict:
+        """Outputs and hooked features for ``batch``, gathered as the box gathers them."""
+        unwrapped = self.outermost
+        while isinstance(unwrapped, (DataParallel, DistributedDataParallel)):
+            unwrapped = unwrapped.module
+        with torch.set_grad_enabled(self.updatable and torch.is_grad_enabled()), around_ddp(unwrapped):
+            outputs = self.forward_proc(unwrapped, batch, targets, supp_dict)
+            io_dict: IODict = extract_io_dict(self.io_dict, device)
+            io_dict[SELF_MODULE_PATH]["output"] = outputs
+            if isinstance(unwrapped, AuxiliaryModelWrapper):
+                unwrapped.secondary_forward(io_dict)
+            update_io_dict(io_dict, extract_io_dict(self.io_dict, device))
+        return io_dict
+
+
+def _raw(model: nn.Module, outermost: nn.Module) -> nn.Module:
+    """The network to call: unwrapped, but an FSDP root must be called itself to gather its parameters."""
+    if isinstance(outermost, FullyShardedDataParallel):
+        return outermost
+    return model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
+
+
+def sides(box: Box) -> tuple[Side, Side | None]:
+    """Student and teacher of a box."""
+    if isinstance(box, TrainingBox):
+        network = _raw(box.org_model, box.model)
+        return Side(network, box.model, box.model_forward_proc, box.model_io_dict, True), None
+    student = Side(
+        _raw(box.org_student_model, box.student_model),
+        box.student_model,
+        box.student_forward_proc,
+        box.student_io_dict,
+        True,
+    )
+    teacher = Side(
+        _raw(box.org_teacher_model, box.teacher_model),
+        box.teacher_model,
+        box.teacher_forward_proc,
+        box.teacher_io_dict,
+        bool(box.teacher_updatable),
+    )
+    return student, teacher
+
+
+def stage_path(box: Box) -> str:
+    staged = isinstance(box, (MultiStagesDistillationBox, MultiStagesTrainingBox))
+    return f"train.stage{getattr(box, 'stage_number', 1)}" if staged else "train"

@@ -1,0 +1,69 @@
+"""Parsing and range checks of single settings.
+
+YAML 1.1 reads ``8/255`` and ``1e-3`` as strings, so every numeric option goes through :func:`number`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Real
+from typing import Any
+
+from torchdistill_adv.errors import ConfigError, nearest
+
+
+def number(value: Any, name: str, *, minimum: float | None = None, above: float | None = None) -> float:
+    """A finite float from a number, ``'1e-3'`` or a fraction such as ``'8/255'``.
+
+    Args:
+        value: what the YAML holds.
+        name: the option, for the error.
+        minimum: smallest value allowed.
+        above: the value must be greater than this.
+
+    Raises:
+        ConfigError: ``value`` is no finite number, or out of range.
+    """
+    bound = f" >= {minimum:g}" if minimum is not None else f" > {above:g}" if above is not None else ""
+    wanted = f"write a number{bound}, such as 0.1, '1e-3' or '8/255'"
+    try:
+        if isinstance(value, bool) or not isinstance(value, (Real, str)):
+            raise TypeError
+        if isinstance(value, str):
+            numerator, _, denominator = value.partition("/")
+            result = float(numerator) / float(denominator or 1)
+        else:
+            result = float(value)
+        if not math.isfinite(result):
+            raise ValueError
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise ConfigError(f"found {value!r}; {wanted}", name) from None
+    if (minimum is not None and result < minimum) or (above is not None and result <= above):
+        raise ConfigError(f"found {value!r}; {wanted}", name)
+    return result
+
+
+def integer(value: Any, name: str, *, minimum: int) -> int:
+    """An integer of at least ``minimum``; a whole-numbered float or string is taken too."""
+    try:
+        result = number(value, name)
+    except ConfigError:
+        result = math.nan
+    if result != result or result != int(result) or result < minimum:
+        raise ConfigError(f"found {value!r}; write an integer >= {minimum}", name)
+    return int(result)
+
+
+def flag(value: Any, name: str) -> bool:
+    """A YAML boolean."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"found {value!r}; write true or false", name)
+    return value
+
+
+def choice(value: Any, name: str, known: Collection[str]) -> str:
+    """One of ``known``."""
+    if value not in known:
+        raise ConfigError(f"found {value!r}; {nearest(value, known)}", name)
+    return str(value)

@@ -1,0 +1,111 @@
+"""Any torchdistill loss, evaluated on adversarial examples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchdistill.losses.registry import get_loss_wrapper, register_loss_wrapper
+
+from torchdistill_adv.boxes import IODict
+from torchdistill_adv.checks import choice
+from torchdistill_adv.errors import ConfigError, inside
+from torchdistill_adv.losses.base import AdversarialTerm, Cost
+from torchdistill_adv.registry import split_spec
+
+if TYPE_CHECKING:
+    from torchdistill_adv.step import Step
+
+
+@register_loss_wrapper
+class OnAdversarialExamples(AdversarialTerm):
+    r"""A loss wrapper: any low- or mid-level loss of torchdistill on adversarial examples, its hooks included.
+
+    .. math:: \frac{1}{K} \sum_{k=1}^{K} L\big(h_S(x^k), h_T(x^k), y\big)
+
+    where :math:`h_S, h_T` are whatever outputs and hooked features the wrapped loss reads, gathered exactly as
+    torchdistill's box gathers them on clean images (forward process, hooks, auxiliary modules). Each of the K examples
+    of an image comes in a batch of its own, in the order of the clean batch, as some losses compare the images of a
+    batch. Ours: no paper has it.
+
+    A low-level loss (``CrossEntropyLoss``, ``MSELoss``) needs torchdistill's ``SimpleLossWrapper``, which then stands
+    inside this one: ``kwargs: {..., criterion_wrapper: {key: 'SimpleLossWrapper', kwargs: {...}}}``.
+
+    Args:
+        mid_level_loss: the wrapped loss, given by torchdistill.
+        adversary: block of the search.
+        threat: block of the threat model.
+        objective: what the search maximises.
+        student_on: ``adversarial`` or ``clean`` images for the student's side.
+        teacher_on: ``adversarial`` or ``clean`` images for the teacher's side. Both clean is refused.
+        criterion_wrapper: another loss wrapper, around the loss and inside this one.
+        student_bn: ``batch``, ``train`` or ``eval``: see :class:`~torchdistill_adv.losses.tald.TALDLoss`.
+        teacher_mode: ``eval`` or ``keep``.
+        share: whether an equal search of another term is shared.
+
+    Raises:
+        ConfigError: at binding, with the YAML path.
+
+    Example:
+        .. code-block:: yaml
+
+            criterion:
+              key: 'KDLoss'
+              kwargs: {student_module_path: '.', student_module_io: 'output', teacher_module_path: '.',
+                       teacher_module_io: 'output', temperature: 4.0, alpha: 0.0, reduction: 'batchmean'}
+            criterion_wrapper:
+              key: 'OnAdversarialExamples'
+              kwargs:
+                adversary: {key: 'PGD', kwargs: {num_steps: 10, step_size: 2/255}}
+                objective: 'kl_teacher_student'
+                threat: {norm: 'linf', eps: 8/255, mean: [0.507, 0.487, 0.441], std: [0.268, 0.257, 0.276]}
+            weight: 1.0
+    """
+
+    def __init__(self, mid_level_loss: nn.Module, **options: Any) -> None:
+        super().__init__(**options)
+        self.wrapped = mid_level_loss
+
+    def configure(
+        self,
+        adversary: Any,
+        threat: Any,
+        objective: Any,
+        student_on: str = "adversarial",
+        teacher_on: str = "adversarial",
+        criterion_wrapper: Any = None,
+        student_bn: str = "batch",
+        teacher_mode: str = "eval",
+        share: bool = True,
+    ) -> None:
+        sides = ("clean", "adversarial")
+        self.student_on = choice(student_on, "student_on", sides)
+        self.teacher_on = choice(teacher_on, "teacher_on", sides)
+        if self.student_on == self.teacher_on == "clean":
+            raise ConfigError(
+                "found 'clean' on both sides; write 'adversarial' for one, or drop the wrapper", "student_on"
+            )
+        self.set_modes(student_bn, teacher_mode)
+        self.search = self.make_search(adversary, threat, objective, all_views=True, share=share)
+        self.criterion = self.wrapped
+        if criterion_wrapper is not None:
+            with inside("criterion_wrapper"):
+                key, kwargs = split_spec(criterion_wrapper, "loss wrapper")
+                self.criterion = get_loss_wrapper(self.wrapped, {"key": key, "kwargs": kwargs})
+
+    def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
+        groups = step.examples(self.search).rows.split(len(step.all_images))
+        values = []
+        for rows in groups:
+            if self.student_on == "adversarial":
+                student_io_dict = step.collect_student(rows, self.student_bn)
+            if self.teacher_on == "adversarial" and step.binding.teacher is not None:
+                teacher_io_dict = step.collect_teacher(rows)
+            values.append(self.criterion(student_io_dict, teacher_io_dict, targets))
+        return torch.stack(values).mean()
+
+    def outer_cost(self, images: int) -> Cost:
+        rows = images * self.search.adversary.num_rows
+        student = rows if self.student_on == "adversarial" else 0
+        return Cost(rows if self.teacher_on == "adversarial" else 0, 0, student, student)

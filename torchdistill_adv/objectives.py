@@ -1,0 +1,242 @@
+r"""What a search maximises.
+
+An objective is a function of a :class:`View` (the clean images of the search and the networks) that returns
+``objective(rows, index) -> (R,)``: ``rows`` (R, ...) are candidate examples in model-input space, ``index`` (R,) says
+which clean image each belongs to. Values are per row, so chunks and particles do not mix.
+
+To add one, decorate a function with :func:`register_objective`; its further parameters are its YAML options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torchdistill_adv.checks import choice, integer
+from torchdistill_adv.divergences import cross_entropy, kl_divergence, softmax_mse
+from torchdistill_adv.errors import ConfigError, inside
+from torchdistill_adv.noise import Noise
+from torchdistill_adv.registry import Registry, check_options, split_spec
+
+Network = Callable[[Tensor], Tensor]
+BoundObjective = Callable[[Tensor, Tensor], Tensor]
+Who = Literal["student", "teacher"]
+
+
+@dataclass
+class View:
+    """What an objective may look at.
+
+    Args:
+        images: clean images, (N, ...).
+        labels: their classes, (N,), or None.
+        student: rows to logits, in the mode of the search.
+        teacher: rows to logits, or None where there is no teacher.
+        noise: random numbers of this search.
+        known_teacher_logits: the teacher's logits on ``images``, (N, C), where they are at hand already.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    student: Network
+    teacher: Network | None
+    noise: Noise
+    known_teacher_logits: Tensor | None = None
+
+    def network(self, who: Who) -> Network:
+        network = self.student if who == "student" else self.teacher
+        assert network is not None, "binding refuses objectives that need a teacher where there is none"
+        return network
+
+    @cached_property
+    def student_clean(self) -> Tensor:
+        """The student's logits on the clean images, (N, C), without a graph."""
+        with torch.no_grad():
+            return self.student(self.images)
+
+    @cached_property
+    def teacher_clean(self) -> Tensor:
+        """The teacher's logits on the clean images, (N, C), without a graph."""
+        if self.known_teacher_logits is not None:
+            return self.known_teacher_logits.detach()
+        with torch.no_grad():
+            return self.network("teacher")(self.images)
+
+    def clean(self, who: Who) -> Tensor:
+        return self.student_clean if who == "student" else self.teacher_clean
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered objective and what it asks of the networks."""
+
+    function: Callable[..., BoundObjective]
+    attacks: tuple[Who, ...]
+    clean: tuple[Who, ...]
+    labels: bool
+
+
+OBJECTIVES: Registry[Entry] = Registry("objective")
+
+
+def register_objective(
+    *, attacks: tuple[Who, ...], clean: tuple[Who, ...] = (), labels: bool = False, key: str | None = None
+) -> Callable[[Callable[..., BoundObjective]], Callable[..., BoundObjective]]:
+    """Register an objective.
+
+    Args:
+        attacks: networks that see the candidate rows, and that the gradient flows through.
+        clean: networks whose clean logits are needed.
+        labels: whether class labels are needed.
+        key: YAML key, the function's name unless given.
+
+    Raises:
+        ValueError: the key is taken.
+    """
+
+    def register(function: Callable[..., BoundObjective]) -> Callable[..., BoundObjective]:
+        OBJECTIVES.add(key or function.__name__, Entry(function, attacks, clean, labels))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective with its options, as a YAML block names it; equal blocks are equal objects."""
+
+    key: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def build(cls, spec: Any) -> Objective:
+        """The objective of a YAML block: a key, or ``{key: ..., kwargs: {...}}``.
+
+        Raises:
+            ConfigError: unknown key or option.
+        """
+        if isinstance(spec, cls):
+            return spec
+        key, kwargs = split_spec(spec, "objective")
+        entry = OBJECTIVES[key]
+        with inside("kwargs"):
+            check_options(entry.function, kwargs, f"objective {key}", skip=1)
+            if kwargs.get("target_class") is not None:
+                kwargs["target_class"] = target_class(kwargs["target_class"])
+        return cls(key, tuple(sorted(kwargs.items())))
+
+    @property
+    def entry(self) -> Entry:
+        return OBJECTIVES[self.key]
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.entry.labels and not self.is_targeted
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Every network that the objective calls."""
+        return frozenset(self.entry.attacks + self.entry.clean)
+
+    @property
+    def clean(self) -> frozenset[str]:
+        """Networks whose clean logits it needs."""
+        chosen = dict(self.options).get("target_class")
+        return frozenset(self.entry.clean) | (frozenset(self.entry.attacks) if isinstance(chosen, str) else frozenset())
+
+    @property
+    def is_targeted(self) -> bool:
+        """Whether it is small where a chosen class is predicted, so that the search must descend."""
+        return dict(self.options).get("target_class") is not None
+
+    def bind(self, view: View) -> BoundObjective:
+        return self.entry.function(view, **dict(self.options))
+
+
+def target_class(value: Any) -> str | int:
+    """A chosen class: ``runner_up``, ``random`` or a class number."""
+    if isinstance(value, str) and not value.isdigit():
+        return choice(value, "target_class", ("runner_up", "random"))
+    return integer(value, "target_class", minimum=0)
+
+
+def _targets(view: View, who: Who, chosen: str | int | None) -> Tensor:
+    """Classes (N,) that a cross-entropy is taken against."""
+    if chosen is None:
+        assert view.labels is not None, "binding refuses objectives that need labels where there are none"
+        return view.labels
+    if isinstance(chosen, int):
+        return torch.full((len(view.images),), chosen, dtype=torch.long, device=view.images.device)
+    logits = view.clean(who)
+    top = logits.topk(2, dim=1).indices
+    if chosen == "runner_up":
+        return top[:, 1]
+    # uniform over the classes other than the predicted one
+    num_classes = logits.shape[1]
+    shift = 1 + ((view.noise.uniform((len(logits),)) + 1) / 2 * (num_classes - 1)).long().clamp_max(num_classes - 2)
+    return (top[:, 0] + shift) % num_classes
+
+
+def _cross_entropy(view: View, who: Who, chosen: str | int | None) -> BoundObjective:
+    targets = _targets(view, who, chosen)
+    network = view.network(who)
+
+    def objective(rows: Tensor, index: Tensor) -> Tensor:
+        logits = network(rows)
+        if isinstance(chosen, int) and chosen >= logits.shape[1]:
+            raise ConfigError(f"found {chosen}; the network has classes 0 to {logits.shape[1] - 1}", "target_class")
+        return cross_entropy(logits, targets[index])
+
+    return objective
+
+
+@register_objective(attacks=("student",), labels=True)
+def ce_student(view: View, target_class: str | int | None = None) -> BoundObjective:
+    """CE(S(x'), y): what PGD-AT and ARD attack. With ``target_class``, the class to descend toward."""
+    return _cross_entropy(view, "student", target_class)
+
+
+@register_objective(attacks=("teacher",), labels=True)
+def ce_teacher(view: View, target_class: str | int | None = None) -> BoundObjective:
+    """CE(T(x'), y). With ``target_class``, the class to descend toward."""
+    return _cross_entropy(view, "teacher", target_class)
+
+
+@register_objective(attacks=("student",), clean=("teacher",))
+def kl_clean_teacher_student(view: View) -> BoundObjective:
+    """KL(T(x) || S(x')): the student is driven from the teacher's clean prediction (RSLAD)."""
+    reference = view.teacher_clean
+    return lambda rows, index: kl_divergence(reference[index], view.student(rows))
+
+
+@register_objective(attacks=("student",), clean=("student",))
+def kl_clean_student_student(view: View) -> BoundObjective:
+    """KL(S(x) || S(x')): the student is driven from its own clean prediction (TRADES)."""
+    reference = view.student_clean
+    return lambda rows, index: kl_divergence(reference[index], view.student(rows))
+
+
+@register_objective(attacks=("teacher", "student"))
+def kl_teacher_student(view: View) -> BoundObjective:
+    """KL(T(x') || S(x')), with the gradient through both networks (AdaAD)."""
+    teacher = view.network("teacher")
+    return lambda rows, index: kl_divergence(teacher(rows), view.student(rows))
+
+
+@register_objective(attacks=("teacher",), clean=("teacher",))
+def kl_teacher_clean_teacher(view: View) -> BoundObjective:
+    """KL(T(x') || T(x)): the teacher's prediction changes most (TALD, Eq. 1)."""
+    reference, teacher = view.teacher_clean, view.network("teacher")
+    return lambda rows, index: kl_divergence(teacher(rows), reference[index])
+
+
+@register_objective(attacks=("teacher",), clean=("teacher",))
+def mse_teacher_clean_teacher(view: View) -> BoundObjective:
+    """MSE(softmax T(x'), softmax T(x)): what TALD's published code maximises in place of the KL."""
+    reference, teacher = view.teacher_clean, view.network("teacher")
+    return lambda rows, index: softmax_mse(teacher(rows), reference[index])

@@ -1,0 +1,258 @@
+"""One training step as adversarial terms see it: images, networks, searches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchdistill.common.constant import SELF_MODULE_PATH
+from torchdistill.core.interfaces.forward_proc import forward_batch4sskd
+
+from torchdistill_adv.adversaries import Examples
+from torchdistill_adv.boxes import IODict, Side
+from torchdistill_adv.errors import ConfigError, NonFiniteError, inside
+from torchdistill_adv.guards import eval_mode, on_cloned_buffers
+from torchdistill_adv.objectives import View
+
+if TYPE_CHECKING:
+    from torchdistill_adv.binding import Binding
+    from torchdistill_adv.losses.base import AdversarialTerm, Search
+
+
+class Step:
+    """One training step as the adversarial terms see it.
+
+    Attributes:
+        all_images: every image of the batch, (V N, C, H, W) for V views of N images; V is 1 but for SSKD.
+        images: the labelled images, (N, C, H, W).
+        labels: their classes, (N,).
+    """
+
+    def __init__(self, binding: Binding, sample_batch: Any, targets: Any, supp_dict: Any) -> None:
+        if not isinstance(sample_batch, Tensor) or not sample_batch.is_floating_point() or sample_batch.dim() < 2:
+            found = (
+                f"a {type(sample_batch).__name__}"
+                if not isinstance(sample_batch, Tensor)
+                else f"a tensor {tuple(sample_batch.shape)} of {sample_batch.dtype}"
+            )
+            raise ConfigError(
+                f"found a batch that is {found}; adversarial terms perturb a float tensor (N, C, H, W)",
+                "train.train_data_loader",
+            )
+        self.binding = binding
+        self.batch_shape = sample_batch.shape
+        self.supp_dict = supp_dict
+        self.targets = targets
+        self.student_io_dict: IODict = {}
+        self.teacher_io_dict: IODict = {}
+        self._found: dict[Search, Examples] = {}
+        self._teacher_clean: Tensor | None = None
+        self._records: dict[AdversarialTerm, dict[str, Tensor]] = {}
+        multi_view = binding.student.forward_proc is forward_batch4sskd and sample_batch.dim() == 5
+        self.num_views = sample_batch.shape[1] if multi_view else 1
+        self.all_images = (sample_batch.flatten(0, 1) if multi_view else sample_batch).detach()
+        self.images = self.all_images[:: self.num_views]
+        if not binding.num_classes:
+            self._check_first()
+        if any(term.needs_labels for term in binding.evaluated):
+            self._check_labels(targets)
+
+    @property
+    def labels(self) -> Tensor:
+        return self.targets
+
+    def _check_first(self) -> None:
+        """Try both networks on one image before the first step, and the images against every threat model."""
+        binding = self.binding
+        for term in binding.evaluated:
+            with inside(term.path), inside("threat"):
+                term.search.threat.check_inputs(self.all_images)
+        with binding.no_trace("check"), torch.no_grad():
+            shapes = {"student": self._probe(binding.student, "student").shape}
+            if binding.teacher is not None and any(term.needs_teacher for term in binding.evaluated):
+                shapes["teacher"] = self._probe(binding.teacher, "teacher").shape
+        for term in binding.evaluated:
+            if term.compares_predictions and shapes["student"] != shapes["teacher"]:
+                raise ConfigError(
+                    f"{type(term).__name__} compares predictions of {shapes['teacher'][1]} classes (teacher) with "
+                    f"{shapes['student'][1]} (student); give both models the same num_classes",
+                    term.path,
+                )
+        binding.num_classes = shapes["student"][1]
+
+    def _probe(self, side: Side, who: str) -> Tensor:
+        with eval_mode(side.network):
+            logits = side.network(self.images[:1])
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ConfigError(
+                f"the {who} returns {found}; adversarial terms need logits (N, num_classes)", f"models.{who}_model"
+            )
+        return logits
+
+    def _check_labels(self, targets: Any) -> None:
+        expected = f"integers of shape ({len(self.images)},) from 0 to {self.binding.num_classes - 1}"
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != (len(self.images),):
+            found = (
+                f"{tuple(targets.shape)} of {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
+            )
+            raise ConfigError(f"found labels {found}; adversarial terms need {expected}", "train.train_data_loader")
+        low, high = (int(v) for v in targets.aminmax())
+        if low < 0 or high >= self.binding.num_classes:
+            raise ConfigError(
+                f"found labels from {low} to {high}; the networks need {expected}", "train.train_data_loader"
+            )
+
+    # networks
+
+    def student(self, rows: Tensor, student_bn: str) -> Tensor:
+        """The student's logits on ``rows``, with a graph to its parameters."""
+        with self._student_mode(student_bn):
+            logits: Tensor = self.binding.student.network(rows)
+        return logits
+
+    def _student_mode(self, student_bn: str) -> ExitStack:
+        stack = ExitStack()
+        if student_bn == "eval":
+            stack.enter_context(eval_mode(self.binding.student.network))
+        if student_bn != "train":
+            stack.enter_context(on_cloned_buffers(self.binding.student.outermost, self.binding.student.network))
+        return stack
+
+    def teacher(self, rows: Tensor) -> Tensor:
+        """The teacher's logits on ``rows``, without a graph."""
+        assert self.binding.teacher is not None
+        with torch.no_grad(), self._teacher_untouched():
+            logits: Tensor = self.binding.teacher.network(rows)
+        return logits
+
+    def _teacher_untouched(self) -> ExitStack:
+        stack = ExitStack()
+        teacher = self.binding.teacher
+        if teacher is not None and any(m.training for m in teacher.network.modules()):
+            stack.enter_context(on_cloned_buffers(teacher.network))
+        return stack
+
+    def student_clean(self) -> Tensor:
+        """The student's logits on :attr:`images` from the host's own pass, (N, num_classes)."""
+        logits = self._host_logits(self.student_io_dict)
+        if logits is None:
+            raise ConfigError(
+                "include_clean reads clean logits of the box's student, which returns none; write forward: 'joint'",
+                self.binding.terms[0].path,
+            )
+        return logits
+
+    def teacher_clean(self) -> Tensor:
+        """The teacher's logits on :attr:`images`, (N, num_classes), without a graph.
+
+        Taken from the host's own pass where the teacher is in eval mode and they are fresh logits, which is checked
+        once against a pass of our own; else computed.
+        """
+        binding = self.binding
+        if self._teacher_clean is None:
+            logits = self._host_logits(self.teacher_io_dict)
+            cached = isinstance(self.supp_dict, Mapping) and "cached_data" in self.supp_dict
+            assert binding.teacher is not None
+            if logits is not None and not cached and not any(m.training for m in binding.teacher.network.modules()):
+                if not binding.reuses_teacher_logits:
+                    own = self.teacher(self.images[:1])
+                    binding.reuses_teacher_logits = torch.allclose(own, logits[:1].to(own.dtype), rtol=1e-2, atol=1e-2)
+                if binding.reuses_teacher_logits:
+                    self._teacher_clean = logits.detach()
+            if self._teacher_clean is None:
+                self._teacher_clean = self.teacher(self.images)
+        return self._teacher_clean
+
+    def _host_logits(self, io_dict: IODict) -> Tensor | None:
+        logits = io_dict.get(SELF_MODULE_PATH, {}).get("output")
+        if not isinstance(logits, Tensor) or logits.shape != (len(self.all_images), self.binding.num_classes):
+            return None
+        return logits[:: self.num_views]
+
+    # searches
+
+    def examples(self, search: Search) -> Examples:
+        return self._found[search]
+
+    def search_all(self) -> None:
+        """Run every search of the step, before the first outer pass can move what another one reads."""
+        for term in self.binding.evaluated:
+            if term.search not in self._found:
+                with inside(term.path):
+                    self._found[term.search] = self._run(term.search, term)
+
+    def _run(self, search: Search, term: AdversarialTerm) -> Examples:
+        binding = self.binding
+        images, labels = (self.all_images, None) if search.all_views else (self.images, None)
+        if search.objective.needs_labels:
+            labels = self.labels.repeat_interleave(self.num_views) if search.all_views else self.labels
+        images, labels = images[: search.num_images], None if labels is None else labels[: search.num_images]
+        known = None
+        with binding.no_trace(repr(search)), self._teacher_untouched(), ExitStack() as modes:
+            if "teacher" in search.objective.clean and not (search.all_views and self.num_views > 1):
+                known = self.teacher_clean()[: search.num_images]
+            if "student" in search.objective.needs:
+                modes.enter_context(eval_mode(binding.student.network))
+            view = View(
+                images,
+                labels,
+                binding.student.network,
+                None if binding.teacher is None else binding.teacher.network,
+                binding.noise_for(search, images),
+                known,
+            )
+            examples = search.adversary(search.objective.bind(view), images, search.threat, view.noise)
+        if not bool(torch.isfinite(examples.rows).all()):
+            raise NonFiniteError(
+                f"{term.path}: the search found NaN or infinite examples at {binding.when()}; "
+                f"{summary({'examples': examples.rows, 'clean images': images})}"
+            )
+        return Examples(examples.rows.detach(), examples.index, examples.path)
+
+    # what a wrapped loss reads
+
+    def collect_student(self, rows: Tensor, student_bn: str) -> IODict:
+        """The student's outputs and hooked features on ``rows``, as the box gathers them."""
+        with self._student_mode(student_bn):
+            return self._collect(self.binding.student, rows)
+
+    def collect_teacher(self, rows: Tensor) -> IODict:
+        """The teacher's outputs and hooked features on ``rows``, as the box gathers them."""
+        teacher = self.binding.teacher
+        assert teacher is not None
+        with on_cloned_buffers(teacher.outermost):
+            return self._collect(teacher, rows)
+
+    def _collect(self, side: Side, rows: Tensor) -> IODict:
+        supp_dict = self.supp_dict
+        if isinstance(supp_dict, Mapping):
+            supp_dict = {k: v for k, v in supp_dict.items() if k not in ("cached_data", "cache_file_path")}
+        return side.collect(rows.view(self.batch_shape), self.targets, supp_dict, self.binding.device)
+
+    # statistics
+
+    def record(self, term: AdversarialTerm, **values: Tensor) -> None:
+        """Keep values of ``term``, for the message if it is not finite."""
+        self._records[term] = {name: value.detach() for name, value in values.items()}
+
+    def statistics(self, term: AdversarialTerm) -> str:
+        values = {**self._records.get(term, {}), "displacement": self._displacement(term)}
+        return summary(values)
+
+    def _displacement(self, term: AdversarialTerm) -> Tensor:
+        examples = self._found[term.search]
+        images = self.all_images if term.search.all_views else self.images
+        return term.search.threat.distance(examples.rows, images[examples.index])
+
+
+def summary(values: Mapping[str, Tensor]) -> str:
+    """Range and finite share of each tensor, for an error."""
+    finite = {name: float(torch.isfinite(v).float().mean()) for name, v in values.items()}
+    return ", ".join(
+        f"{name} from {float(v.min()):.4g} to {float(v.max()):.4g} ({finite[name]:.0%} finite)"
+        for name, v in values.items()
+    )
