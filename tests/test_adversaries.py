@@ -210,9 +210,7 @@ def test_one_particle_is_one_normalised_gradient_attack(threat, bandwidth):
     objective, _ = quadratic(x)
     svgd = SVGD(num_particles=1, num_steps=3, step_size=0.05, noise_factor=0.5, bandwidth=bandwidth)
     pgd = PGD(num_steps=3, step_size=0.05, noise_factor=0.5)
-    assert torch.allclose(
-        svgd(objective, x, threat, noise()).rows, pgd(objective, x, threat, noise()).rows, atol=1e-12
-    )
+    assert torch.allclose(svgd(objective, x, threat, noise()).rows, pgd(objective, x, threat, noise()).rows, atol=1e-12)
 
 
 def test_repulsion_spreads_particles():

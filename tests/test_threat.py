@@ -74,7 +74,7 @@ def test_projection_keeps_what_is_allowed(case):
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.floats(0, 20))
 def test_random_start_is_allowed(case, factor):
-    threat, x, rows = case
+    threat, x, _ = case
     uniform = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert_allowed(threat, threat.random_start(x, uniform, factor), x)
 

@@ -208,7 +208,7 @@ class ThreatModel:
             return f"{own} (pixel units unknown without mean and std)"
         radii = [self.eps * s for s in self.std] if self.space == "input" else [self.eps]
         if self.norm == "linf":
-            texts = sorted({f"{255 * r:.3g}/255" for r in (min(radii), max(radii))}, key=len)
+            texts = dict.fromkeys(f"{255 * r:.3g}/255" for r in (min(radii), max(radii)))
         else:
-            texts = sorted({f"{r:.3g}" for r in (min(radii), max(radii))})
+            texts = dict.fromkeys(f"{r:.3g}" for r in (min(radii), max(radii)))
         return f"{own} = {' to '.join(texts)} in pixels of [0, 1]"
