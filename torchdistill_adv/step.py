@@ -51,7 +51,8 @@ class Step:
         self._found: dict[Search, Examples] = {}
         self._teacher_clean: Tensor | None = None
         self._records: dict[AdversarialTerm, dict[str, Tensor]] = {}
-        multi_view = binding.student.forward_proc is forward_batch4sskd and sample_batch.dim() == 5
+        procs = [side.forward_proc for side in (binding.student, binding.teacher) if side is not None]
+        multi_view = forward_batch4sskd in procs and sample_batch.dim() == 5
         self.num_views = sample_batch.shape[1] if multi_view else 1
         self.all_images = (sample_batch.flatten(0, 1) if multi_view else sample_batch).detach()
         self.images = self.all_images[:: self.num_views]

@@ -35,7 +35,8 @@ def start_records(directory: Path, text: str, keep: bool, **facts: Any) -> None:
     if not keep:
         (directory / METRICS).unlink(missing_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, torchdistill, torchdistill_adv)}
-    comments = {"command": shlex.join(sys.argv), **facts, **versions}
+    given = {name: value for name, value in facts.items() if value is not None}
+    comments = {"command": shlex.join(sys.argv), **given, **versions}
     header = [f"# {name}: {value}" for name, value in comments.items()]
     (directory / "config.yaml").write_text("\n".join([*header, "", text]), encoding="utf-8")
 

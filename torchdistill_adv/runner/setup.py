@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,11 +199,25 @@ def load_weights(model: nn.Module, checkpoint: str | None, path: str) -> None:
 def build_box(
     teacher: nn.Module | None, student: nn.Module, config: Mapping[str, Any], where: Place, lr_factor: int
 ) -> Box:
-    """The box that trains ``student``, ready for the first epoch."""
+    """The box that trains ``student``, ready for the first epoch.
+
+    Raises:
+        ConfigError: torchdistill cannot build it.
+    """
     common = (config["datasets"], config["train"], where.device, where.device_ids, where.distributed, lr_factor)
-    box: Box = (
-        get_training_box(student, *common) if teacher is None else get_distillation_box(teacher, student, *common)
-    )
+    box: Box
+    try:
+        if teacher is None:
+            box = get_training_box(student, *common)
+        else:
+            box = get_distillation_box(teacher, student, *common)
+    except ConfigError:
+        raise
+    # what the checks do not know of, such as the options of auxiliary wrappers
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        where_raised = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({where_raised.filename}:{where_raised.lineno})"
+        raise ConfigError(f"torchdistill cannot build this training: {reason}", "train") from error
     wrap_student(box, config["train"], where)
     return box
 

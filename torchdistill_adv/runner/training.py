@@ -105,7 +105,7 @@ def train_one_epoch(box: Box, where: Place, epoch: int, log_freq: int) -> Record
         for sample_batch, targets, *rest in bar:
             sample_batch, targets = to_device(sample_batch, where.device), to_device(targets, where.device)
             loss: Tensor = box.forward_process(sample_batch, targets, rest[0] if rest else {})
-            value, values = float(loss), {name: float(term) for name, term in terms.items()}
+            value, values = float(loss.detach()), {name: float(term) for name, term in terms.items()}
             if not math.isfinite(value):
                 raise NonFiniteError(f"train: the loss is {value} at epoch {epoch}, step {steps}; its terms: {values}")
             box.post_forward_process(loss=loss)
