@@ -58,7 +58,10 @@ def spread(values: Sequence[float]) -> str:
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: test accuracy, mean weighted loss terms of the last epoch, seconds a run."""
-    lines = ["| method | runs | test accuracy, % | loss terms in the last epoch (weighted) | seconds |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | runs | test accuracy, % | loss terms in the last epoch (weighted) | seconds |",
+        "|---|---|---|---|---|",
+    ]
     for method, runs in results.items():
         accuracy = spread([r["test"]["student"]["top1"] for r in runs])
         names = runs[0]["epochs"][-1]["terms"]

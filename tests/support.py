@@ -19,10 +19,12 @@ from torchdistill.common.main_util import import_dependencies
 from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.training import get_training_box
+from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
-from torchdistill_adv.binding import Box
+from torchdistill_adv.boxes import Box
+from torchdistill_adv.losses import AdversarialTerm, OnAdversarialExamples
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -113,6 +115,24 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The values of a configuration, with no data set or model built; a relative path starts in ``configs/``."""
     config: dict[str, Any] = yaml.load((CONFIGS / path).read_text(), _Reader)
     return config
+
+
+def stages(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The training stages of a configuration by their path in the YAML."""
+    train_config = config["train"]
+    numbered = {f"train.{key}": train_config[key] for key in sorted(train_config) if key.startswith("stage")}
+    return numbered or {"train": train_config}
+
+
+def adversarial_terms(stage: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sub-terms of a stage that see adversarial examples, by name."""
+
+    def is_adversarial(block: dict[str, Any]) -> bool:
+        wrapper = block.get("criterion_wrapper") or {}
+        loss = MIDDLE_LEVEL_LOSS_DICT.get(block["criterion"]["key"], object)
+        return issubclass(loss, AdversarialTerm) or wrapper.get("key") == OnAdversarialExamples.__name__
+
+    return {name: block for name, block in stage["criterion"]["kwargs"]["sub_terms"].items() if is_adversarial(block)}
 
 
 def _build_model(block: dict[str, Any]) -> nn.Module:

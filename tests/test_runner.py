@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchdistill.common.main_util import set_seed
 from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.core.distillation import get_distillation_box
@@ -22,7 +24,7 @@ from torchdistill.models.registry import get_model
 from torchdistill_adv.cli import main
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.runner import run
-from torchdistill_adv.runner.check import check_config
+from torchdistill_adv.runner.evaluation import accuracy
 from torchdistill_adv.runner.progress import progress_bar, show
 
 HEAD = """
@@ -160,13 +162,18 @@ def weights() -> dict[str, torch.Tensor]:
 
 def test_train_then_evaluate(here):
     write(PLAIN)
-    log = finish(command("train", "--config", "config.yaml", "--seed", "1", "--device", "cpu", "--run_log", "a.log"), here)
+    log = finish(
+        command("train", "--config", "config.yaml", "--seed", "1", "--device", "cpu", "--run_log", "a.log"), here
+    )
     assert "epoch 0 [4/6] loss" in log and "tald" in log and "images/s" in log and "passes of a batch" in log
     assert "epoch 0 [3/6]" not in log
     assert Path("a.log").read_text().count("\n") == log.count("\n")
 
     *epochs, last = metrics()
-    assert [(epoch["epoch"], epoch["stage"], epoch["lr"]) for epoch in epochs] == [(0, 1, 0.2), (1, 1, pytest.approx(0.02))]
+    assert [(epoch["epoch"], epoch["stage"], epoch["lr"]) for epoch in epochs] == [
+        (0, 1, 0.2),
+        (1, 1, pytest.approx(0.02)),
+    ]
     for epoch in epochs:
         assert set(epoch["terms"]) == {"ce", "tald"}
         assert epoch["loss"] == pytest.approx(sum(epoch["terms"].values()), rel=1e-5)
@@ -182,7 +189,7 @@ def test_train_then_evaluate(here):
     assert f"# torch: {torch.__version__}" in written and "# torchdistill_adv: " in written
 
     log = finish(command("evaluate", "--config", "config.yaml", "--device", "cpu"), here)
-    assert "teacher: test accuracy" in log and "[0/6]" not in log
+    assert "teacher: test accuracy: top1 " in log and "[0/6]" not in log
     assert metrics()[3]["test"] == {"student": last["test"]["student"], "teacher": metrics()[3]["test"]["teacher"]}
     assert main(["train", "--config", "config.yaml", "-test_only", "-student_only"]) == 0
     assert metrics()[4]["test"] == {"student": last["test"]["student"]}
@@ -227,10 +234,8 @@ def test_run_takes_a_dictionary_and_overrides_and_leaves_it_alone(here):
 
 
 def test_training_without_a_teacher_or_validation(here):
-    text = WITHOUT_VALIDATION.replace("  student: {", "  model: {").replace("  student_model:", "  model:")
-    text = text.replace("  teacher_model:", "  _teacher:").replace("num_classes: 10, in_channels: 1, width: 2", "in_channels: 1")
-    changes = ("            key: 'TALDLoss'\n", "            key: 'MSELoss'\n")
-    assert main(["train", "--config", write(text, changes), "--device", "cpu"]) == 2
+    text = PLAIN.replace("  val_data_loader", "  _unused").replace("  student: {", "  model: {")
+    text = text.replace("  student_model:", "  model:").replace("  teacher_model:", "  _teacher:")
     text = text[: text.index("        tald:")] + TEST
     result = run(write(text), seed=0, device="cpu")
     assert [epoch["validation"] for epoch in result["epochs"]] == [None, None]
@@ -239,13 +244,239 @@ def test_training_without_a_teacher_or_validation(here):
     assert torch.load("student.pt")["args"]["epoch"] == 1
 
 
-def test_fewer_than_five_classes_have_no_top5(here):
-    text = PLAIN.replace("num_classes: 10", "num_classes: 4").replace("split: 'val'", "split: 'val', target_transform: *small")
-    small = "_small: &small !import_call_method {package: 'builtins.int.__rmod__.__get__', init: {args: [4]}}"
-    del small
-    script = "def small(label): return label % 4\n"
-    Path("labels.py").write_text(script)
-    del text
+@pytest.mark.parametrize(("classes", "keys"), [(4, {"top1"}), (5, {"top1", "top5"})])
+def test_top5_needs_five_classes(classes, keys):
+    data = TensorDataset(torch.eye(classes), torch.arange(classes))
+    model = nn.Sequential(nn.Dropout(0.9), nn.Identity())
+    found = accuracy(model, DataLoader(data, batch_size=3), torch.device("cpu"))
+    assert found == dict.fromkeys(keys, 100.0)
+    assert model.training and model[0].training
 
 
-# going on
+def test_bar_shows_the_terms(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress_bar(range(3), "epoch 0") as bar:
+        for step in bar:
+            show(bar, "epoch 0", step, 1, {"loss": 1.5, "tald": 0.25})
+    assert "loss=1.5, tald=0.25" in terminal.getvalue()
+
+
+# going on from a checkpoint
+
+
+def test_resume_is_the_same_as_no_interruption(here):
+    config = write(PLAIN, ("data.RandomSampler", "data.SequentialSampler"))
+    whole = run(config, seed=1, device="cpu", overrides={"train.num_epochs": 3})["epochs"]
+    run(config, seed=1, device="cpu", overrides={"train.num_epochs": 1})
+    resumed = {"train.num_epochs": 3, "models.student_model.src_ckpt": "student.pt"}
+    result = run(config, seed=1, device="cpu", start_epoch=1, overrides=resumed)
+    for before, after in zip(whole[1:], result["epochs"], strict=True):
+        assert [after[key] for key in ("epoch", "lr", "terms")] == [before[key] for key in ("epoch", "lr", "terms")]
+    assert [record.get("epoch", "test") for record in metrics()] == [0, "test", 1, 2, "test"]
+
+
+def test_resume_in_the_second_stage(here):
+    config = write(STAGED)
+    whole = run(config, seed=1, device="cpu")
+    assert [(epoch["epoch"], epoch["stage"]) for epoch in whole["epochs"]] == [(0, 1), (1, 2), (2, 2)]
+    # a later stage keeps the validation set of the one before
+    assert all(epoch["validation"] for epoch in whole["epochs"])
+    again = {"models.student_model.src_ckpt": "student.pt"}
+    result = run(config, seed=1, device="cpu", start_epoch=2, overrides=again)
+    assert [(e["epoch"], e["stage"], e["lr"]) for e in result["epochs"]] == [(2, 2, whole["epochs"][2]["lr"])]
+
+
+def test_killed_run_leaves_whole_lines(here):
+    write(PLAIN, ("num_epochs: 2", "num_epochs: 500"))
+    process = start(command("train", "--config", "config.yaml", "--device", "cpu"), here)
+    file = here / "student" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (file.exists() and file.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert [record["epoch"] for record in metrics()] == list(range(len(metrics()))) and len(metrics()) > 2
+    assert weights()
+
+
+# processes
+
+
+def test_two_processes_write_once(here):
+    write(PLAIN)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    finish(command("train", "--config", "config.yaml", "--seed", "1", "--device", "cpu", module=torchrun), here)
+    *epochs, last = metrics()
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1]
+    assert last["test"]["student"] == max((epoch["validation"] for epoch in epochs), key=lambda v: v["top1"])
+    # 359 test images: the one that fills up the share of the second process is not counted
+    assert main(["evaluate", "--config", "config.yaml", "--seed", "1", "--device", "cpu"]) == 0
+    assert metrics()[-1]["test"] == last["test"]
+
+
+# what is refused
+
+SUB_TERMS = "train.criterion.kwargs.sub_terms"
+STUDENT = "models.student_model"
+CE_WRAPPER = STAGE[STAGE.index("          criterion_wrapper:") : STAGE.index("          weight: 0.5\n        tald")]
+
+REFUSED = {
+    "a missing section": (("models:", "modles:"), "models", "is missing"),
+    "no training": (("train:\n", "_train:\n"), "train", "is missing"),
+    "no test": (("test:\n", "_test:\n"), "test", "is missing"),
+    "no epochs": (("  num_epochs: 2\n", ""), "train.num_epochs", "is missing"),
+    "half an epoch": (("num_epochs: 2", "num_epochs: 0.5"), "train.num_epochs", "found 0.5"),
+    "no criterion": (("  criterion:\n    key", "  _criterion:\n    key"), "train.criterion", "is missing"),
+    "no optimizer": (("  optimizer:", "  _optimizer:"), "train.optimizer", "is missing"),
+    "no loader": (("  train_data_loader", "  _loader"), "train.train_data_loader", "is missing"),
+    "no forward process": (
+        ("teacher: {forward_proc: 'forward_batch_only', ", "teacher: {"),
+        "train.teacher.forward_proc",
+        "missing",
+    ),
+    "no student": (("  student_model:", "  _student:"), STUDENT, "is missing"),
+    "no checkpoint to write": (("dst_ckpt:", "_dst_ckpt:"), f"{STUDENT}.dst_ckpt", "is missing"),
+    "a checkpoint without extension": (("'student.pt'", "'student'"), f"{STUDENT}.dst_ckpt", "extension"),
+    "a teacher that was not trained": (
+        ("depth: 2}\n    src_ckpt:", "depth: 2}\n    src_ckpt: 'no.pt'"),
+        "models.teacher_model.src_ckpt",
+        "'no.pt'",
+    ),
+    "a student's checkpoint": (("src_ckpt:\n    dst", "src_ckpt: 'no.pt'\n    dst"), f"{STUDENT}.src_ckpt", "'no.pt'"),
+    "a model": (("key: 'small_cnn'", "key: 'smal_cnn'"), "models.student_model.key", "did you mean 'small_cnn'"),
+    "an option of a model": (("width: 2", "widht: 2"), f"{STUDENT}.kwargs.widht", "did you mean 'width'"),
+    "a high-level loss": (("WeightedSumLoss", "WeightedSum"), "train.criterion.key", "did you mean 'WeightedSumLoss'"),
+    "a mid-level loss": (("TALDLoss", "TALDlos"), f"{SUB_TERMS}.tald.criterion.key", "did you mean 'TALDLoss'"),
+    "a low-level loss": (
+        ("CrossEntropyLoss", "CrosEntropyLoss"),
+        f"{SUB_TERMS}.ce.criterion.key",
+        "'CrossEntropyLoss'",
+    ),
+    "an option of a loss": (
+        ("Loss', kwargs: {}", "Loss', kwargs: {redction: 'sum'}"),
+        f"{SUB_TERMS}.ce.criterion.kwargs.redction",
+        "'reduction'",
+    ),
+    "an option of ours": (
+        ("{num_particles", "{particles"),
+        f"{SUB_TERMS}.tald.criterion.kwargs.adversary.kwargs.particles",
+        "'num_particles'",
+    ),
+    "a loss wrapper": (
+        ("SimpleLossWrapper", "SimpleWrapper"),
+        f"{SUB_TERMS}.ce.criterion_wrapper.key",
+        "did you mean 'SimpleLossWrapper'",
+    ),
+    "no loss wrapper": ((CE_WRAPPER, ""), f"{SUB_TERMS}.ce.criterion_wrapper", "is missing"),
+    "a weight as text": (("weight: 0.5", "weight: 5e-1"), f"{SUB_TERMS}.ce.weight", "write 0.5"),
+    "an optimizer": (("'SGD'", "'SDG'"), "train.optimizer.key", "did you mean 'SGD'"),
+    "an option of the optimizer": (
+        ("momentum", "momentun"),
+        "train.optimizer.kwargs.momentun",
+        "did you mean 'momentum'",
+    ),
+    "a rate as text": (("lr: 0.2", "lr: 2e-1"), "train.optimizer.kwargs.lr", "write 0.2"),
+    "a scheduler": (("MultiStepLR", "MultistepLR"), "train.scheduler.key", "did you mean 'MultiStepLR'"),
+    "a data set": (
+        ("dataset_id: 'digits/train'", "dataset_id: 'digit/train'"),
+        "train.train_data_loader.dataset_id",
+        "did you mean 'digits/train'",
+    ),
+    "a process": (
+        ("bind_adversarial_losses", "bind_adversarial_loss"),
+        "train.pre_epoch_process",
+        "did you mean 'bind_adversarial_losses'",
+    ),
+    "no binding": (("  pre_epoch_process: 'bind_adversarial_losses'\n", ""), "train.pre_epoch_process", "autobind"),
+    "a data set's option": (("split: 'test'", "split: 'tset'"), "split", "did you mean 'test'"),
+    "a module": (("name: 'torchdistill_adv'", "name: 'torchdistill_advv'"), "dependencies", "torchdistill_advv"),
+    "what torchdistill refuses": (("lr: 0.2", "lr: -0.2"), "train", "Invalid learning rate"),
+    "a batch larger than the data": (
+        ("batch_size: 64", "batch_size: 999, drop_last: True"),
+        "train.train_data_loader",
+        "no batch",
+    ),
+}
+
+
+def refused(capsys, *args: str) -> str:
+    """The one line that a command with wrong input writes."""
+    assert main(["train", "--config", "config.yaml", "--device", "cpu", *args]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("torchdistill-adv: error: ")
+    return error
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_its_path(here, capsys, monkeypatch, name):
+    # imported by other tests, it binds by itself
+    monkeypatch.delitem(sys.modules, "torchdistill_adv.autobind", raising=False)
+    change, path, hint = REFUSED[name]
+    write(PLAIN, change)
+    error = refused(capsys)
+    assert f"error: {path}: " in error and hint in error, error
+    assert not Path("student.pt").exists() and not Path("student/metrics.jsonl").exists()
+
+
+def test_refused_in_a_stage(here, capsys):
+    write(STAGED.replace("  stage2:", "  stage3:"))
+    assert "error: train.stage2: is missing" in refused(capsys)
+    last = STAGED.rindex("CrossEntropyLoss")
+    write(STAGED[:last] + "CrossLoss" + STAGED[last + len("CrossEntropyLoss") :])
+    assert f"error: train.stage2{SUB_TERMS.removeprefix('train')}.ce.criterion.key: " in refused(capsys)
+    # before the first stage has trained
+    last = STAGED.rindex("eps: 0.3")
+    write(STAGED[:last] + "eps: -1" + STAGED[last + len("eps: 0.3") :])
+    assert "error: train.stage2.criterion.kwargs.sub_terms.tald.criterion.kwargs.threat.eps: " in refused(capsys)
+    assert not Path("student").exists()
+
+
+def test_refused_files_and_flags(here, capsys):
+    assert "error: --config: found 'config.yaml'" in refused(capsys)
+    write("models: [")
+    assert "error: config.yaml: is no YAML: " in refused(capsys)
+    write("")
+    assert "write the sections" in refused(capsys)
+    write(PLAIN, ("torchvision.transforms.ToTensor", "torchvision.transforms.ToTensr"))
+    assert "error: config.yaml: " in refused(capsys)
+    write(PLAIN)
+    assert "error: --device: found 'cuda:99'" in refused(capsys, "--device", "cuda:99")
+    assert "error: --device: found 'gpu'" in refused(capsys, "--device", "gpu")
+    assert "error: --start_epoch: found 2; training has the epochs 0 to 1" in refused(capsys, "--start_epoch", "2")
+    assert "error: --start_epoch: found 1, with src_ckpt None" in refused(capsys, "--start_epoch", "1")
+    # an untrained student would have the accuracy of chance
+    assert f"error: {STUDENT}.dst_ckpt: found 'student.pt', which does not exist" in refused(capsys, "-test_only")
+
+
+def test_src_ckpt_may_be_what_training_writes(here):
+    write(PLAIN, ("src_ckpt:\n    dst", "src_ckpt: 'student.pt'\n    dst"))
+    assert main(["train", "--config", "config.yaml", "--device", "cpu"]) == 0
+
+
+@register_collate_func
+def as_dictionary(samples):
+    return (
+        {"image": torch.stack([sample[0] for sample in samples])},
+        torch.tensor([sample[1] for sample in samples]),
+        {},
+    )
+
+
+@register_collate_func
+def as_list(samples):
+    return [torch.stack([sample[0] for sample in samples])], torch.tensor([sample[1] for sample in samples]), {}
+
+
+@pytest.mark.parametrize(("collate", "found"), [("as_dictionary", "a dict"), ("as_list", "a list")])
+def test_batches_that_are_no_tensor(here, capsys, collate, found):
+    write(PLAIN, ("kwargs: {batch_size: 64}", f"kwargs: {{batch_size: 64}}\n    collate_fn: '{collate}'"))
+    assert f"error: train.train_data_loader: found a batch that is {found}" in refused(capsys)
+
+
+def test_loss_that_is_not_finite(here, capsys):
+    write(PLAIN, ("weight: 0.5\n        tald", "weight: .nan\n        tald"))
+    assert main(["train", "--config", "config.yaml", "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the loss is nan at epoch 0, step 0; its terms: {'ce': nan, 'tald': 0." in error

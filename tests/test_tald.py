@@ -207,6 +207,22 @@ def test_student_equal_to_the_teacher_has_no_gap():
     assert all(torch.isfinite(p.grad).all() for p in student.parameters())
 
 
+def test_chunk_size_bounds_the_teacher_and_changes_nothing():
+    def loss(chunk_size):
+        box = tiny_box({"tald": tald(adversary={"key": "SVGD", "kwargs": {"chunk_size": chunk_size}})}, double=True)
+        box.pre_epoch_process(epoch=0)
+        x, y = images()
+        value = box.forward_process(x.double(), y)
+        sizes = []
+        box.org_teacher_model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+        box.forward_process(x.double(), y)
+        return value, max(sizes)
+
+    (whole, most), (chunked, at_once) = loss(None), loss(5)
+    assert torch.allclose(whole, chunked, rtol=1e-12)
+    assert (most, at_once) == (24, 6)  # 6 is the host's own clean pass
+
+
 def test_term_prints_its_options():
     box = tiny_box({"tald": tald()})
     assert isinstance(term(box, "tald"), AdversarialTerm)

@@ -64,7 +64,7 @@ class Binding:
         self.seed = torch.initial_seed()
         self.step: Step | None = None
         self.num_classes = 0
-        self.reuses_teacher_logits = False
+        self.reuses_teacher_logits: bool | None = None
         self._teacher_was_training: list[nn.Module] = []
         self.terms: list[AdversarialTerm] = []
         for path, term, weight in find_terms(box):
@@ -198,7 +198,7 @@ class Binding:
 
     def noise_for(self, search: Search, like: Tensor) -> Noise:
         """The random numbers of a search: equal settings have equal noise, whatever other terms there are."""
-        return Noise(self.seed_for(repr(search)), like.device, like.dtype)
+        return Noise(self.seed_for(search.identity), like.device, like.dtype)
 
 
 def bind(box: Box, epoch: int | None = None) -> Binding | None:

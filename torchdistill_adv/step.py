@@ -123,12 +123,14 @@ class Step:
             stack.enter_context(on_cloned_buffers(self.binding.student.outermost, self.binding.student.network))
         return stack
 
-    def teacher(self, rows: Tensor) -> Tensor:
-        """The teacher's logits on ``rows``, without a graph."""
-        assert self.binding.teacher is not None
+    def teacher(self, rows: Tensor, chunk_size: int | None = None) -> Tensor:
+        """The teacher's logits on ``rows``, without a graph; ``chunk_size`` bounds how many it sees at once."""
+        teacher = self.binding.teacher
+        assert teacher is not None
+        if any(m.training for m in teacher.network.modules()):
+            chunk_size = None  # rows of one batch see each other in train mode
         with torch.no_grad(), self._teacher_untouched():
-            logits: Tensor = self.binding.teacher.network(rows)
-        return logits
+            return torch.cat([teacher.network(some) for some in rows.split(chunk_size or len(rows))])
 
     def _teacher_untouched(self) -> ExitStack:
         stack = ExitStack()
@@ -159,7 +161,7 @@ class Step:
             cached = isinstance(self.supp_dict, Mapping) and "cached_data" in self.supp_dict
             assert binding.teacher is not None
             if logits is not None and not cached and not any(m.training for m in binding.teacher.network.modules()):
-                if not binding.reuses_teacher_logits:
+                if binding.reuses_teacher_logits is None:
                     own = self.teacher(self.images[:1])
                     binding.reuses_teacher_logits = torch.allclose(own, logits[:1].to(own.dtype), rtol=1e-2, atol=1e-2)
                 if binding.reuses_teacher_logits:
@@ -193,7 +195,7 @@ class Step:
             labels = self.labels.repeat_interleave(self.num_views) if search.all_views else self.labels
         images, labels = images[: search.num_images], None if labels is None else labels[: search.num_images]
         known = None
-        with binding.no_trace(repr(search)), self._teacher_untouched(), ExitStack() as modes:
+        with binding.no_trace(search.identity), self._teacher_untouched(), ExitStack() as modes:
             if "teacher" in search.objective.clean and not (search.all_views and self.num_views > 1):
                 known = self.teacher_clean()[: search.num_images]
             if "student" in search.objective.needs:

@@ -105,7 +105,8 @@ class SVGD:
         norm: ``l2`` or ``linf``, for norm_p; None is the norm of the threat model.
         repulsion: ``false`` drops the repulsive term.
         targeted: descend the objective, which then has a target class (the paper's stated future work).
-        chunk_size: rows through the networks at once; None is all K x N.
+        chunk_size: rows through the networks at once, in the search and in the teacher's pass on the particles; None is
+            all K x N.
 
     Raises:
         ConfigError: a value out of range.

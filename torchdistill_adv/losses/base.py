@@ -66,6 +66,21 @@ class Search:
     all_views: bool = False
     owner: str = ""
 
+    @property
+    def chunk_size(self) -> int | None:
+        """Rows through a network at once, where chunks change nothing."""
+        return getattr(self.adversary, "chunk_size", None)
+
+    @property
+    def identity(self) -> str:
+        """What the random numbers depend on: the settings, but for how many rows are computed at once."""
+        adversary: Any = self.adversary
+        if not dataclasses.is_dataclass(adversary):
+            adversary = type(adversary).__qualname__
+        elif self.chunk_size is not None:
+            adversary = dataclasses.replace(adversary, chunk_size=None)  # type: ignore[type-var]
+        return repr((adversary, self.threat, self.objective, self.num_images, self.all_views, self.owner))
+
     def cost(self, images: int) -> Cost:
         """Cost for a batch of ``images``; the teacher's clean logits come from the host's own pass."""
         images = images if self.num_images is None else min(self.num_images, images)

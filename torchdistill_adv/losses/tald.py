@@ -113,7 +113,7 @@ class TALDLoss(AdversarialTerm):
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         examples = step.examples(self.search)
         labels = step.labels[examples.index]
-        teacher_ce = cross_entropy(step.teacher(examples.rows), labels)
+        teacher_ce = cross_entropy(step.teacher(examples.rows, self.search.chunk_size), labels)
         if self.joint:
             logits = step.student(torch.cat([examples.rows, step.images]), self.student_bn)
             student_logits, clean_logits = logits[: len(labels)], logits[len(labels) :]

@@ -76,8 +76,9 @@ def check_config(
                 check_model(teacher)
                 if not (test_only and student_only):
                     check_source(teacher)
+    test = section(config, "test", "test_data_loader")
     with inside("test"):
-        check_loader(section(config, "test", "test_data_loader"), "test_data_loader", datasets)
+        check_loader(test, "test_data_loader", datasets)
     if test_only:
         with inside(f"models.{student_name(models)}"):
             check_tested(student)
@@ -198,7 +199,7 @@ def check_destination(student: Block) -> None:
     path = student.get("dst_ckpt")
     if not isinstance(path, str) or not Path(path).suffix:
         found = "is missing" if path is None else f"found {path!r}"
-        raise ConfigError(f"{found}; write a file for the best student, such as './ckpt/student.pt'", "dst_ckpt")
+        raise ConfigError(f"{found}; write a file with an extension, such as './ckpt/student.pt'", "dst_ckpt")
 
 
 def check_source(block: Block, written: list[str] | None = None) -> None:
@@ -335,15 +336,28 @@ def check_term(term: Any) -> None:
     criterion = section(term, "criterion", "key and kwargs of a loss")
     with inside("criterion"):
         loss = known(criterion, "key", _losses(), "loss")
-        if not _is_adversarial(loss):
-            check_options(loss, criterion.get("kwargs"), criterion["key"])
+        check_loss(loss, criterion)
     is_wrapped = False
     for path, wrapper in _wrappers(term):
         with inside(path):
-            is_wrapped |= not _is_adversarial(known(wrapper, "key", LOSS_WRAPPER_DICT, "loss wrapper"))
+            wraps = known(wrapper, "key", LOSS_WRAPPER_DICT, "loss wrapper")
+            check_loss(wraps, wrapper, nn.Identity())
+            is_wrapped |= not _is_adversarial(wraps)
     if criterion["key"] not in MIDDLE_LEVEL_LOSS_DICT and not is_wrapped:
         path = ".kwargs.".join(["criterion_wrapper"] * (1 + len(_wrappers(term))))
         raise ConfigError(f"is missing; {criterion['key']} is a low-level loss and needs a 'SimpleLossWrapper'", path)
+
+
+def check_loss(make: Callable[..., Any], block: Block, *given: nn.Module) -> None:
+    """The options of a loss or a wrapper; those of an adversarial one are checked as binding checks them.
+
+    ``given`` stands for the loss that a wrapper is around.
+    """
+    options = block.get("kwargs") if block.get("kwargs") is not None or not given else {}
+    if _is_adversarial(make) and isinstance(options, Mapping):
+        make(*given, **options).resolve("kwargs")
+    else:
+        check_options(make, options, block["key"], len(given))
 
 
 def check_bound(stage: Block, binds_by_itself: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import Any, cast
 
 import torch
@@ -58,6 +58,11 @@ def accuracy(
     first, any_of_five, total = counts.tolist()
     result = {"top1": 100 * first / total}
     return {**result, "top5": 100 * any_of_five / total} if num_classes >= 5 else result
+
+
+def describe(found: Mapping[str, float] | None) -> str:
+    """Accuracies as they are logged."""
+    return ", ".join(f"{name} {value:.2f} %" for name, value in (found or {}).items()) or "not measured"
 
 
 def _share(loader: DataLoader[Any]) -> int:

@@ -17,7 +17,7 @@ from torchdistill.common.main_util import is_main_process, set_seed
 from torchdistill.datasets.util import build_data_loader
 
 from torchdistill_adv.runner.check import check_config, student_name
-from torchdistill_adv.runner.evaluation import accuracy
+from torchdistill_adv.runner.evaluation import accuracy, describe
 from torchdistill_adv.runner.records import append_record, as_yaml, run_directory, start_records
 from torchdistill_adv.runner.setup import (
     Place,
@@ -150,7 +150,7 @@ def _test(
     for who, network in networks.items():
         if network is not None:
             results[who] = accuracy(network, loader, where.device, f"{who}_model")
-            logger.info("%s: test accuracy %s", who, results[who])
+            logger.info("%s: test accuracy: %s", who, describe(results[who]))
     return results
 
 

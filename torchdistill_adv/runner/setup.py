@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,12 +206,9 @@ def build_box(
         ConfigError: torchdistill cannot build it.
     """
     common = (config["datasets"], config["train"], where.device, where.device_ids, where.distributed, lr_factor)
-    box: Box
+    make_box = get_training_box if teacher is None else partial(get_distillation_box, teacher)
     try:
-        if teacher is None:
-            box = get_training_box(student, *common)
-        else:
-            box = get_distillation_box(teacher, student, *common)
+        box: Box = make_box(student, *common)
     except ConfigError:
         raise
     # what the checks do not know of, such as the options of auxiliary wrappers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torchdistill_adv.boxes import Box, sides, stage_path
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.guards import restored_hooks
 from torchdistill_adv.runner.check import stages
-from torchdistill_adv.runner.evaluation import accuracy
+from torchdistill_adv.runner.evaluation import accuracy, describe
 from torchdistill_adv.runner.progress import progress_bar, show, weighted_terms
 from torchdistill_adv.runner.setup import Place, to_device, wrap_student
 
@@ -72,7 +73,7 @@ def train(
         top1 = None if validation is None else validation["top1"]
         if top1 is None or best is None or top1 > best:
             best = best if top1 is None else top1
-            logger.info("epoch %d: saving the student, validation accuracy %s", epoch, validation)
+            logger.info("epoch %d: saving the student; validation accuracy: %s", epoch, describe(validation))
             saved = {**options, "epoch": epoch, "stage": stage}
             save_ckpt(student, box.optimizer, box.lr_scheduler, best or 0.0, saved, student_block["dst_ckpt"])
         records.append({"epoch": epoch, "stage": stage, **means, "lr": lr, "validation": validation})
@@ -198,5 +199,8 @@ def catch_up(box: Box, epoch: int, train_config: Mapping[str, Any]) -> None:
     if scheduler is None or box.scheduling_step > 0 or isinstance(scheduler, ReduceLROnPlateau):
         return
     before = sum(stage["num_epochs"] for _, stage in stages(train_config)[: stage_number(box) - 1])
-    while scheduler.last_epoch < epoch - before:
-        scheduler.step()
+    with warnings.catch_warnings():
+        # PyTorch expects a step of the optimizer before; the epochs before had theirs
+        warnings.simplefilter("ignore")
+        while scheduler.last_epoch < epoch - before:
+            scheduler.step()

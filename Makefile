@@ -1,0 +1,29 @@
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test lint format bench
+
+demo: $(VENV)/.demo  ## install, then the main job: a teacher and students on handwritten digits
+	$(PYTHON) demo/digits.py
+
+test: $(VENV)/.dev  ## the whole test suite, on two processes
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --durations 10
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.dev  ## what TALD costs on this machine
+	$(PYTHON) benchmarks/tald_cost.py
+
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: setup.cfg pyproject.toml | $(VENV)
+	$(PYTHON) -m pip install --editable '.[$*]'
+	touch $@
+
+$(VENV):
+	python3 -m venv $@
