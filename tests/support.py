@@ -93,7 +93,8 @@ def _replace(node: Any, name: str, value: Any, path: str = "") -> bool:
             else:
                 found |= _replace(node[key], name, value, entry)
     elif isinstance(node, list):
-        found = any([_replace(item, name, value, path) for item in node])
+        for item in node:
+            found |= _replace(item, name, value, path)
     return found
 
 

@@ -64,7 +64,7 @@ def test_objectives_say_what_they_are(key):
 
 
 def test_timm_models_come_from_the_yaml():
-    model = get_model("timm", model_name="test_resnet", num_classes=7, in_chans=1)
+    model = get_model("timm", model_name="resnet10t", num_classes=7, in_chans=1)
     assert model.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 7)
 
 

@@ -390,7 +390,7 @@ REFUSED = {
         "did you mean 'bind_adversarial_losses'",
     ),
     "no binding": (("  pre_epoch_process: 'bind_adversarial_losses'\n", ""), "train.pre_epoch_process", "autobind"),
-    "a data set's option": (("split: 'test'", "split: 'tset'"), "split", "did you mean 'test'"),
+    "a data set's option": (("split: 'test'", "split: 'tset'"), "config.yaml", "split: found 'tset'"),
     "a module": (("name: 'torchdistill_adv'", "name: 'torchdistill_advv'"), "dependencies", "torchdistill_advv"),
     "what torchdistill refuses": (("lr: 0.2", "lr: -0.2"), "train", "Invalid learning rate"),
     "a batch larger than the data": (

@@ -61,8 +61,6 @@ def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"found '{path}', which is no file; write the path of a YAML file", "--config")
     try:
         config: dict[str, Any] = load_yaml_file(str(file))
-    except ConfigError:
-        raise
     except yaml.YAMLError as error:
         raise ConfigError(f"is no YAML: {error}", str(path)) from error
     # the YAML calls whatever it names, so anything can be raised
