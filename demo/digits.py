@@ -27,7 +27,7 @@ from torchdistill_adv.runner import run
 from torchdistill_adv.threat import ThreatModel
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "digits"
-METHODS = {"KD": "kd.yaml", "KD + TALD": "kd_tald.yaml", "KD + TALD, paper bandwidth": "kd_tald_paper.yaml"}
+METHODS = {"KD": "kd.yaml", "KD + TALD": "kd_tald.yaml"}
 
 
 def train_all(folder: Path, seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:

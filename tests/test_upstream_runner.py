@@ -1,7 +1,7 @@
 """The host configurations under torchdistill's own example runner, which its wheel does not ship.
 
-``TORCHDISTILL_RUNNER=<torchdistill>/examples/torchvision/image_classification.py make test`` runs them, with the library
-of that repository. The newest runner (July 2026) fails on hosts with auxiliary modules with and without this plugin;
+``TORCHDISTILL_RUNNER=<torchdistill>/examples/torchvision/image_classification.py make test`` runs them, with the
+library of that repository. The newest runner (July 2026) fails on hosts with auxiliary modules with and without this plugin;
 name the hosts that it can do with ``TORCHDISTILL_RUNNER_HOSTS=kd,at``.
 """
 
@@ -18,7 +18,9 @@ from support import CONFIGS
 RUNNER = os.environ.get("TORCHDISTILL_RUNNER")
 HOSTS = os.environ.get("TORCHDISTILL_RUNNER_HOSTS", "kd,at,crd,sskd,ft,vid,pad,kr,srd").split(",")
 
-pytestmark = pytest.mark.skipif(RUNNER is None, reason="TORCHDISTILL_RUNNER does not name torchdistill's example runner")
+pytestmark = pytest.mark.skipif(
+    RUNNER is None, reason="TORCHDISTILL_RUNNER does not name torchdistill's example runner"
+)
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -27,17 +27,19 @@ def _wrap(cls: type[Box]) -> None:
 
     def setup_and_bind(self: Box, *args: Any, **kwargs: Any) -> None:
         setup(self, *args, **kwargs)
-        if bind(self) is not None:
-            reference = weakref.ref(self)
+        if bind(self) is None:
+            self.__dict__.pop("pre_epoch_process", None)
+            return
+        reference = weakref.ref(self)
 
-            def pre_epoch_process(*args: Any, epoch: int | None = None, **kwargs: Any) -> None:
-                box = reference()
-                assert box is not None
-                # looked up on the class, where torchdistill sets the stage's own
-                type(box).pre_epoch_process(box, *args, epoch=epoch, **kwargs)
-                bind(box, epoch)
+        def pre_epoch_process(*args: Any, epoch: int | None = None, **kwargs: Any) -> None:
+            box = reference()
+            assert box is not None
+            # looked up on the class, where torchdistill sets the stage's own
+            type(box).pre_epoch_process(box, *args, epoch=epoch, **kwargs)
+            bind(box, epoch)
 
-            self.__dict__["pre_epoch_process"] = pre_epoch_process
+        self.__dict__["pre_epoch_process"] = pre_epoch_process
 
     cls.setup = setup_and_bind
 

@@ -87,14 +87,7 @@ class Binding:
     def _check_needs(self) -> None:
         for term in self.terms:
             with inside(term.path):
-                if self.teacher is None and "teacher" in term.search.objective.needs:
-                    raise ConfigError(
-                        f"found '{term.search.objective.key}', which needs a teacher, in training without one; add "
-                        "models.teacher_model, or choose an objective of the student alone, such as 'ce_student'",
-                        "objective",
-                    )
-                if self.teacher is None and term.needs_teacher:
-                    raise ConfigError("needs a teacher, in training without one; add models.teacher_model")
+                term.check_teacher(self.teacher is not None)
                 if term.teacher_mode != self.teacher_mode:
                     raise ConfigError(
                         f"found '{term.teacher_mode}', but {self.terms[0].path} has '{self.teacher_mode}'; the terms "
@@ -144,7 +137,7 @@ class Binding:
         """Let the box go: its own method again, the teacher's modes as they were found."""
         box = self._box()
         if box is not None and box.__dict__.get(BINDING) is self:
-            for name in (BINDING, "forward_process", "pre_epoch_process"):
+            for name in (BINDING, "forward_process"):
                 box.__dict__.pop(name, None)
         for module in self._teacher_was_training:
             module.training = True

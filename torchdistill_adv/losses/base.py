@@ -142,6 +142,23 @@ class AdversarialTerm(nn.Module):
             check_options(self.configure, self.options, type(self).__name__)
             self.configure(**self.options)
 
+    def check_teacher(self, has_teacher: bool) -> None:
+        """Refuse training without a teacher where one is needed.
+
+        Raises:
+            ConfigError: below the term's own path.
+        """
+        if has_teacher:
+            return
+        if "teacher" in self.search.objective.needs:
+            raise ConfigError(
+                f"found '{self.search.objective.key}', which needs a teacher, in training without one; add "
+                "models.teacher_model, or choose an objective of the student alone, such as 'ce_student'",
+                "objective",
+            )
+        if self.needs_teacher:
+            raise ConfigError("needs a teacher, in training without one; add models.teacher_model")
+
     def make_search(
         self,
         adversary: Any,

@@ -270,7 +270,7 @@ def check_stage(stage: Block, datasets: Block, has_teacher: bool, is_first: bool
             known(side, "forward_proc", processes.FORWARD_PROC_FUNC_DICT, "forward process")
             known_if_given(side, "auxiliary_model_wrapper", AUXILIARY_MODEL_WRAPPER_DICT, "auxiliary model wrapper")
             check_source(side, written)
-    check_criterion(section(stage, "criterion", "key and kwargs of a high-level loss"))
+    check_criterion(section(stage, "criterion", "key and kwargs of a high-level loss"), has_teacher)
     if stage.get("optimizer") or is_first:
         check_stepper(stage, "optimizer", OPTIM_DICT, Optimizer)
     if stage.get("scheduler"):
@@ -304,7 +304,7 @@ def check_stepper(stage: Block, name: str, registry: Mapping[str, Any], kind: ty
         check_options(known(block, "key", usable, name), block.get("kwargs"), block["key"], given=1)
 
 
-def check_criterion(criterion: Block) -> None:
+def check_criterion(criterion: Block, has_teacher: bool) -> None:
     """The high-level loss and its terms."""
     with inside("criterion"):
         known(criterion, "key", HIGH_LEVEL_LOSS_DICT, "high-level loss")
@@ -316,7 +316,7 @@ def check_criterion(criterion: Block) -> None:
                 section(kwargs, "sub_terms", "the terms of the loss by name")
         for name, term in sub_terms(criterion).items():
             with inside(f"kwargs.sub_terms.{name}"):
-                check_term(term)
+                check_term(term, has_teacher)
 
 
 def sub_terms(criterion: Block) -> Block:
@@ -324,7 +324,7 @@ def sub_terms(criterion: Block) -> Block:
     return (criterion.get("kwargs") or {}).get("sub_terms") or {}
 
 
-def check_term(term: Any) -> None:
+def check_term(term: Any, has_teacher: bool) -> None:
     """A loss of torchdistill or PyTorch, its wrapper and its weight."""
     if not isinstance(term, Mapping):
         raise ConfigError(f"found {term!r}; write criterion, weight and, around a low-level loss, criterion_wrapper")
@@ -336,26 +336,29 @@ def check_term(term: Any) -> None:
     criterion = section(term, "criterion", "key and kwargs of a loss")
     with inside("criterion"):
         loss = known(criterion, "key", _losses(), "loss")
-        check_loss(loss, criterion)
+        check_loss(loss, criterion, has_teacher)
     is_wrapped = False
     for path, wrapper in _wrappers(term):
         with inside(path):
             wraps = known(wrapper, "key", LOSS_WRAPPER_DICT, "loss wrapper")
-            check_loss(wraps, wrapper, nn.Identity())
+            check_loss(wraps, wrapper, has_teacher, nn.Identity())
             is_wrapped |= not _is_adversarial(wraps)
     if criterion["key"] not in MIDDLE_LEVEL_LOSS_DICT and not is_wrapped:
         path = ".kwargs.".join(["criterion_wrapper"] * (1 + len(_wrappers(term))))
         raise ConfigError(f"is missing; {criterion['key']} is a low-level loss and needs a 'SimpleLossWrapper'", path)
 
 
-def check_loss(make: Callable[..., Any], block: Block, *given: nn.Module) -> None:
+def check_loss(make: Callable[..., Any], block: Block, has_teacher: bool, *given: nn.Module) -> None:
     """The options of a loss or a wrapper; those of an adversarial one are checked as binding checks them.
 
     ``given`` stands for the loss that a wrapper is around.
     """
     options = block.get("kwargs") if block.get("kwargs") is not None or not given else {}
     if _is_adversarial(make) and isinstance(options, Mapping):
-        make(*given, **options).resolve("kwargs")
+        term: AdversarialTerm = make(*given, **options)
+        term.resolve("kwargs")
+        with inside("kwargs"):
+            term.check_teacher(has_teacher)
     else:
         check_options(make, options, block["key"], len(given))
 
