@@ -3,10 +3,11 @@
     python benchmarks/tald_cost.py                                        # ResNet-56 -> ResNet-20, 32 x 32, batch 64
     python benchmarks/tald_cost.py --teacher small_cnn --student small_cnn --image-size 8 --channels 1
 
-The *bare passes* of a step, written out plainly: KD's own, one forward and one backward pass to the input of the teacher
-for each search step, one forward pass of the teacher and one forward and backward pass of the student on the particles.
-The three are timed in turn within one process, step by step, so that the machine's drift hits all of them alike; the
-ratio is the median over those turns. Peak memory is that of a process of its own (CPU) or of the allocator (CUDA).
+The *bare passes* of a step, written out plainly: KD's own; one forward and one backward pass to the input of the
+teacher for the search step; one forward pass of the teacher and one forward and backward pass of the student on the
+particles. The three are timed in turn within one process, step by step, so that the machine's drift hits all of them
+alike; the ratio is the median over those turns. Peak memory is that of a process of its own (CPU) or of the allocator
+(CUDA).
 """
 
 from __future__ import annotations

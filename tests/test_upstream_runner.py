@@ -1,8 +1,8 @@
 """The host configurations under torchdistill's own example runner, which its wheel does not ship.
 
 ``TORCHDISTILL_RUNNER=<torchdistill>/examples/torchvision/image_classification.py make test`` runs them, with the
-library of that repository. The newest runner (July 2026) fails on hosts with auxiliary modules with and without this plugin;
-name the hosts that it can do with ``TORCHDISTILL_RUNNER_HOSTS=kd,at``.
+library of that repository. The newest runner (July 2026) fails on hosts with auxiliary modules, with and without this
+plugin; name the hosts that it can do with ``TORCHDISTILL_RUNNER_HOSTS=kd,at``.
 """
 
 from __future__ import annotations
