@@ -157,7 +157,7 @@ def algorithm_1(x, gradient, threat, options, uniform):
             _, directions = kernel_and_direction(units, scores, sigma)
             updated = []
             for p, phi in zip(particles, directions, strict=True):
-                unit = np.sign(phi) if threat.norm == "linf" else phi / np.linalg.norm(phi)
+                unit = np.sign(phi) if options["norm"] == "linf" else phi / np.linalg.norm(phi)
                 updated.append(project(p + eta * unit.reshape(clean.shape) / std))
             particles = updated
         result[:, i] = particles
@@ -166,7 +166,8 @@ def algorithm_1(x, gradient, threat, options, uniform):
 
 @pytest.mark.parametrize("bandwidth", ["median", 1e-3, 0.2])
 @pytest.mark.parametrize("num_steps", [1, 3])
-def test_svgd_is_algorithm_1(threat, bandwidth, num_steps):
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_svgd_is_algorithm_1(threat, bandwidth, num_steps, norm):
     x = images()
     objective, gradient = quadratic(x)
     options = {
@@ -175,6 +176,7 @@ def test_svgd_is_algorithm_1(threat, bandwidth, num_steps):
         "step_size": 0.1,
         "noise_factor": 0.7,
         "bandwidth": bandwidth,
+        "norm": norm,
     }
     found = SVGD(**options)(objective, x, threat, noise())
     expected = algorithm_1(x, gradient, threat, options, noise().uniform((12, *x.shape[1:])))
@@ -208,7 +210,7 @@ def test_paper_bandwidth_is_the_identity_kernel():
 def test_one_particle_is_one_normalised_gradient_attack(threat, bandwidth):
     x = images()
     objective, _ = quadratic(x)
-    svgd = SVGD(num_particles=1, num_steps=3, step_size=0.05, noise_factor=0.5, bandwidth=bandwidth)
+    svgd = SVGD(num_particles=1, num_steps=3, step_size=0.05, noise_factor=0.5, bandwidth=bandwidth, norm=threat.norm)
     pgd = PGD(num_steps=3, step_size=0.05, noise_factor=0.5)
     assert torch.allclose(svgd(objective, x, threat, noise()).rows, pgd(objective, x, threat, noise()).rows, atol=1e-12)
 

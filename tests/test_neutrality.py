@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import CONFIGS, load_config, make_box, train
+from support import CONFIGS, adversarial_terms, load_config, make_box, stages, train
 from torch.nn import functional as F
 
 import torchdistill_adv.binding
@@ -20,18 +20,8 @@ from torchdistill_adv.threat import ThreatModel
 HOSTS = sorted(path.stem for path in (CONFIGS / "digits" / "hosts").glob("*.yaml"))
 
 
-def stages_of(config):
-    train_config = config["train"]
-    return [train_config[k] for k in sorted(train_config) if k.startswith("stage")] or [train_config]
-
-
-def adversarial_terms(stage):
-    sub_terms = stage["criterion"]["kwargs"]["sub_terms"]
-    return [name for name, block in sub_terms.items() if block["criterion"]["key"] == "TALDLoss"]
-
-
 def without_plugin(config):
-    for stage in stages_of(config):
+    for stage in stages(config).values():
         for name in adversarial_terms(stage):
             del stage["criterion"]["kwargs"]["sub_terms"][name]
         stage.pop("pre_epoch_process", None)
@@ -39,7 +29,7 @@ def without_plugin(config):
 
 
 def with_weight_zero(config):
-    for stage in stages_of(config):
+    for stage in stages(config).values():
         for name in adversarial_terms(stage):
             block = stage["criterion"]["kwargs"]["sub_terms"][name]
             block["weight"] = 0.0
@@ -109,7 +99,7 @@ def test_training_is_bit_for_bit_that_without_the_plugin(host, tmp_path, monkeyp
     plain = run(without_plugin(load_config(path)), folders[0], monkeypatch)
     evaluations = evaluate_at_weight_zero(monkeypatch)
     plugin = run(with_weight_zero(load_config(path)), folders[1], monkeypatch)
-    steps = 2 * sum(bool(adversarial_terms(stage)) for stage in stages_of(load_config(path)))
+    steps = 2 * sum(bool(adversarial_terms(stage)) for stage in stages(load_config(path)).values())
     assert len(evaluations) == steps > 0 and all(value > 0 for value in evaluations)
     for what in plain:
         assert equal(plain[what], plugin[what]), what
@@ -144,7 +134,7 @@ def test_any_loss_on_unchanged_examples_is_the_clean_loss(host, sides, tmp_path,
     """Every term of every stage of every host, exactly."""
     monkeypatch.chdir(tmp_path)
     config = load_config(Path("digits") / "hosts" / f"{host}.yaml")
-    for stage in stages_of(without_plugin(config)):
+    for stage in stages(without_plugin(config)).values():
         sub_terms = stage["criterion"]["kwargs"]["sub_terms"]
         for name in list(sub_terms):
             sub_terms[f"{name}_adv"] = wrapped(sub_terms[name])
@@ -182,4 +172,4 @@ def test_any_loss_on_unchanged_examples_is_the_clean_loss(host, sides, tmp_path,
         assert torch.isfinite(loss).all()
         values.clear()
         box.post_epoch_process()
-    assert compared >= len(stages_of(config))
+    assert compared >= len(stages(config))

@@ -91,9 +91,10 @@ class SVGD:
     radius 0.3 lie thousands of bandwidths apart, so each follows its own gradient from its own random start.
     ``bandwidth: 'median'`` is a bandwidth at which the kernel acts.
 
-    The paper prints one update fewer than L (its indices start at 1): we make L. It does not say which norm
-    ``norm_p`` and the ball have: ours is one setting, that of the threat model, unless ``norm`` is given. In
-    l-infinity the step follows the sign, as in the authors' earlier code. All three are our reading.
+    **The paper's** too: ``norm_p`` is the l2 norm, whatever the ball. **Our reading**: the paper prints one update fewer
+    than L (its indices start at 1), and we make L; it does not name the norm of its ball, which the threat model has. In
+    an l-infinity ball of radius 0.3 an l2 step of length 0.1 is lost beside the start noise; ``norm: 'linf'``, which
+    follows the sign as in the authors' earlier code, is an option for it.
 
     Args:
         num_particles: K.
@@ -102,7 +103,7 @@ class SVGD:
         noise_factor: tau; at 0 all particles start on the clean image.
         bandwidth: sigma in the units of the threat model's space, or ``median``: the median heuristic for each image
             and step.
-        norm: ``l2`` or ``linf``, for norm_p; None is the norm of the threat model.
+        norm: ``l2`` or ``linf``, for norm_p.
         repulsion: ``false`` drops the repulsive term.
         targeted: descend the objective, which then has a target class (the paper's stated future work).
         chunk_size: rows through the networks at once, in the search and in the teacher's pass on the particles; None is
@@ -124,7 +125,7 @@ class SVGD:
     step_size: float = 0.1
     noise_factor: float = 10.0
     bandwidth: float | str = 1e-3
-    norm: Norm | None = None
+    norm: Norm = "l2"
     repulsion: bool = True
     targeted: bool = False
     chunk_size: int | None = None
@@ -140,7 +141,7 @@ class SVGD:
             bandwidth=choice(self.bandwidth, "bandwidth", ("median",))
             if median
             else number(self.bandwidth, "bandwidth", above=0),
-            norm=self.norm and choice(self.norm, "norm", ("l2", "linf")),
+            norm=choice(self.norm, "norm", ("l2", "linf")),
             repulsion=flag(self.repulsion, "repulsion"),
             targeted=flag(self.targeted, "targeted"),
             chunk_size=self.chunk_size and integer(self.chunk_size, "chunk_size", minimum=1),
