@@ -301,7 +301,7 @@ def test_virtual_svgd_is_the_published_routine():
 ROWS = {
     "FGSM": {},
     "PGD": {"num_steps": 3, "step_size": 0.1},
-    "SVGD": {"num_particles": 3, "num_steps": 2, "bandwidth": "median"},
+    "SVGD": {"num_particles": 3, "num_steps": 2, "bandwidth": 1.0, "noise_factor": 0.1},
     "VirtualSVGD": {"num_particles": 3, "probe_radius": 0.1},
 }
 

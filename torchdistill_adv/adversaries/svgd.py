@@ -91,10 +91,10 @@ class SVGD:
     radius 0.3 lie thousands of bandwidths apart, so each follows its own gradient from its own random start.
     ``bandwidth: 'median'`` is a bandwidth at which the kernel acts.
 
-    **The paper's** too: ``norm_p`` is the l2 norm, whatever the ball. **Our reading**: the paper prints one update fewer
-    than L (its indices start at 1), and we make L; it does not name the norm of its ball, which the threat model has. In
-    an l-infinity ball of radius 0.3 an l2 step of length 0.1 is lost beside the start noise; ``norm: 'linf'``, which
-    follows the sign as in the authors' earlier code, is an option for it.
+    **The paper's** too: ``norm_p`` is the l2 norm, whatever the ball. **Our reading**: the paper prints one update
+    fewer than L (its indices start at 1), and we make L; it does not name the norm of its ball, which the threat model
+    has. In an l-infinity ball of radius 0.3 an l2 step of length 0.1 is lost beside the start noise; ``norm: 'linf'``,
+    which follows the sign as in the authors' earlier code, is an option for it.
 
     Args:
         num_particles: K.
