@@ -43,9 +43,10 @@ class TALDLoss(AdversarialTerm):
     only. At that bandwidth the kernel is the identity and the repulsion is zero (see
     :class:`~torchdistill_adv.adversaries.SVGD`).
 
-    **The published code's**, each an option here: objective ``mse_teacher_clean_teacher``; adversary ``VirtualSVGD``;
-    ``num_attacked: 10``; ``include_clean: true``; ``forward: 'joint'`` with ``student_bn: 'train'``. Preset:
-    ``configs/cifar100/kd_tald_code_exact-*.yaml``. There the host's terms also come from the joint pass; torchdistill
+    **The published code's** six differences, each an option here: objective ``mse_teacher_clean_teacher``; directions
+    probed far away and applied close by, and one kernel for the whole batch (adversary ``VirtualSVGD``);
+    ``num_attacked: 10``; ``include_clean: true``; ``forward: 'joint'`` with ``student_bn: 'train'``. The preset is
+    ``configs/cifar100/kd_tald_code_exact-*.yaml``. There the host's terms come from the joint pass too; torchdistill
     computes them on its own clean pass.
 
     **Our reading**: the ball is l2 in model-input space (the paper does not name its norm; ``paper_linf`` is the other
