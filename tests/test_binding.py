@@ -331,7 +331,7 @@ def test_exception_leaves_everything_as_it_was(where, monkeypatch):
     target = term(box, "adv").search.adversary if where == "search" else term(box, "adv").criterion
     monkeypatch.setattr(type(target), "__call__" if where == "search" else "forward", fail)
     binding = box.adversarial_binding
-    binding.step = Step(binding, x, y, None)
+    binding.step = Step(binding, x, y, None, {})
     before = state_of(box)
     with torch.no_grad(), pytest.raises(RuntimeError, match="in the middle"):
         if where == "loss":

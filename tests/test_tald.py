@@ -177,7 +177,7 @@ def test_defaults_are_the_paper():
         ({"objectiv": "ce_teacher"}, "objectiv", "did you mean 'objective'"),
         ({"objective": "kl_teacher_student"}, "objective", "teacher alone"),
         ({"objective": "ce_teacher", "target_class": 1}, "objective", "drop one"),
-        ({"target_class": "best"}, "objective.kwargs.target_class", "runner_up"),
+        ({"target_class": "best"}, "target_class", "runner_up"),
         ({"adversary": {"key": "SVGD", "kwargs": {"targeted": True}}}, "objective", "target_class"),
         ({"include_clean": "yes"}, "include_clean", "true or false"),
     ],

@@ -10,7 +10,6 @@ It wraps ``DistillationBox.setup`` and ``TrainingBox.setup``, which torchdistill
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,19 +26,15 @@ def _wrap(cls: type[Box]) -> None:
 
     def setup_and_bind(self: Box, *args: Any, **kwargs: Any) -> None:
         setup(self, *args, **kwargs)
-        if bind(self) is None:
-            self.__dict__.pop("pre_epoch_process", None)
-            return
-        reference = weakref.ref(self)
+        # torchdistill has just set it, on the class
+        process: Callable[..., None] = cls.pre_epoch_process
 
-        def pre_epoch_process(*args: Any, epoch: int | None = None, **kwargs: Any) -> None:
-            box = reference()
-            assert box is not None
-            # looked up on the class, where torchdistill sets the stage's own
-            type(box).pre_epoch_process(box, *args, epoch=epoch, **kwargs)
-            bind(box, epoch)
+        def pre_epoch_process(self: Box, epoch: int | None = None, *args: Any, **kwargs: Any) -> None:
+            process(self, epoch, *args, **kwargs)
+            bind(self, epoch)
 
-        self.__dict__["pre_epoch_process"] = pre_epoch_process
+        cls.pre_epoch_process = pre_epoch_process
+        bind(self)
 
     cls.setup = setup_and_bind
 

@@ -1,15 +1,17 @@
 """How adversarial terms get to see the images and the networks of a torchdistill box.
 
 :func:`bind_adversarial_losses` is a ``pre_epoch_process``. It finds the adversarial terms of the box's criterion and
-sets an instance attribute ``box.forward_process``, which records the batch, calls the class's own method, and forgets
+gives the box a ``forward_process`` of its own, which records the batch, calls the class's method, and forgets
 everything of the step when that ends.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
+import math
+from collections.abc import Iterator
 from contextlib import ExitStack
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torchdistill.core.interfaces.pre_epoch_proc import (
 )
 from torchdistill.core.interfaces.registry import register_pre_epoch_proc_func
 from torchdistill.core.training import TrainingBox
+from torchdistill.losses.mid_level import SimpleLossWrapper
 
 from torchdistill_adv.boxes import Box, IODict, sides, stage_path
 from torchdistill_adv.errors import ConfigError, NonFiniteError, inside
@@ -34,16 +37,34 @@ logger = logging.getLogger(__name__)
 BINDING = "adversarial_binding"
 
 
-def find_terms(box: Box) -> list[tuple[str, AdversarialTerm, float]]:
-    """YAML path of the options, term and weight of every adversarial term of the box's criterion."""
-    root = f"{stage_path(box)}.criterion.kwargs.sub_terms"
-    found = []
-    for name, (criterion, weight) in getattr(box.criterion, "term_dict", {}).items():
-        for term in criterion.modules():
-            if isinstance(term, AdversarialTerm):
-                block = "criterion_wrapper" if hasattr(term, "wrapped") else "criterion"
-                found.append((f"{root}.{name}.{block}.kwargs", term, weight))
+def find_terms(box: Box) -> list[tuple[str, AdversarialTerm, Any]]:
+    """YAML path of the block, term and weight of every adversarial term of the box's criterion.
+
+    Raises:
+        ConfigError: a wrapper around a term that finds its own examples, or one object in two places.
+    """
+    found = list(_walk(box.criterion, f"{stage_path(box)}.criterion", 1.0))
+    terms = [term for _, term, _ in found]
+    for path, term, _ in found:
+        if terms.count(term) > 1:
+            raise ConfigError("is one object in two places; build one loss for each", path)
     return found
+
+
+def _walk(criterion: nn.Module, path: str, weight: Any) -> Iterator[tuple[str, AdversarialTerm, Any]]:
+    if isinstance(criterion, AdversarialTerm):
+        # torchdistill's name for the block that has the term's options
+        yield f"{path}_wrapper" if hasattr(criterion, "wrapped") else path, criterion, weight
+        return
+    inner = [m for m in criterion.modules() if isinstance(m, AdversarialTerm)]
+    if isinstance(criterion, SimpleLossWrapper) and inner:
+        wrapper = type(criterion).__name__
+        raise ConfigError(f"found '{wrapper}' around {type(inner[0]).__name__}; drop it", f"{path}_wrapper")
+    for term in inner:
+        yield path, term, weight
+    for holder in criterion.modules():
+        for name, (sub_criterion, factor) in getattr(holder, "term_dict", {}).items():
+            yield from _walk(sub_criterion, f"{path}.kwargs.sub_terms.{name}.criterion", factor)
 
 
 def _rank() -> int:
@@ -55,8 +76,8 @@ class Binding:
     """The adversarial terms of one stage of one box."""
 
     def __init__(self, box: Box) -> None:
-        self._box = weakref.ref(box)
         self.criterion = box.criterion
+        self.stage = stage_path(box)
         self.student, self.teacher = sides(box)
         self.device = box.device
         self.epoch = 0
@@ -67,13 +88,22 @@ class Binding:
         self.reuses_teacher_logits: bool | None = None
         self._teacher_was_training: list[nn.Module] = []
         self.terms: list[AdversarialTerm] = []
-        for path, term, weight in find_terms(box):
-            term.resolve(path)
-            term.evaluated = weight != 0
-            term.binding = self
+        for path, term, _ in find_terms(box):
+            term.resolve(f"{path}.kwargs")
             self.terms.append(term)
-        self._check_needs()
+        self.read_weights(box)
         self.log(box)
+
+    def read_weights(self, box: Box) -> None:
+        """Which terms count at present: a schedule may change a weight between epochs."""
+        for path, term, weight in find_terms(box):
+            valid = isinstance(weight, (int, float, Tensor)) and math.isfinite(float(weight))
+            if not valid or isinstance(weight, bool):
+                parent = path.rpartition(".criterion")[0]
+                raise ConfigError(f"found {weight!r}; write a finite number, such as 0.01", f"{parent}.weight")
+            term.evaluated = bool(weight != 0)
+            term.binding = self
+        self._check_needs()
 
     @property
     def evaluated(self) -> list[AdversarialTerm]:
@@ -82,16 +112,16 @@ class Binding:
 
     @property
     def teacher_mode(self) -> str:
-        return self.terms[0].teacher_mode
+        return self.evaluated[0].teacher_mode if self.evaluated else "keep"
 
     def _check_needs(self) -> None:
-        for term in self.terms:
+        for term in self.evaluated:
             with inside(term.path):
                 term.check_teacher(self.teacher is not None)
                 if term.teacher_mode != self.teacher_mode:
                     raise ConfigError(
-                        f"found '{term.teacher_mode}', but {self.terms[0].path} has '{self.teacher_mode}'; the terms "
-                        "of one stage share the teacher, so write the same for all",
+                        f"found '{term.teacher_mode}', but {self.evaluated[0].path} has '{self.teacher_mode}'; the "
+                        "terms of one stage share the teacher, so write the same for all",
                         "teacher_mode",
                     )
 
@@ -109,10 +139,13 @@ class Binding:
                 *(term.path, type(term).__name__, term.student_bn, search.adversary, search.objective.key),
                 search.threat.describe(),
             )
-            total = total.plus(term.outer_cost(images))
+            seen = images * self.student.num_views if search.all_views else images
+            total = total.plus(term.outer_cost(seen))
             if search not in searches:
-                total = total.plus(search.cost(images))
+                total = total.plus(search.cost(seen))
             searches.add(search)
+        if self.teacher is None:
+            total = total._replace(teacher_forward=0, teacher_backward=0)
         if searches:
             logger.info("adversarial cost of a step, in passes of a batch of %d: %s", images, total.describe(images))
 
@@ -120,11 +153,15 @@ class Binding:
         """Put the teacher's network in eval mode, which torchdistill never does, unless it is to be kept."""
         if self.teacher is None or self.teacher_mode == "keep":
             return
-        training = [m for m in self.teacher.network.modules() if m.training]
-        if training:
+        students = set(self.student.network.modules())
+        training = [m for m in self.teacher.network.modules() if m.training and m not in students]
+        if training and not self._teacher_was_training:
             logger.info("teacher: its network is put in eval mode (teacher_mode: keep leaves it in train mode)")
-            self._teacher_was_training = training
-            self.teacher.network.eval()
+            if any(m in students for m in self.teacher.network.modules()):
+                logger.warning("teacher: what it shares with the student stays in the student's mode")
+        for module in training:
+            module.training = False
+        self._teacher_was_training += [m for m in training if m not in self._teacher_was_training]
 
     def is_current(self, box: Box) -> bool:
         """Whether the box still has the criterion and the models that were bound."""
@@ -133,27 +170,22 @@ class Binding:
         student, teacher = sides(box)
         return student == self.student and teacher == self.teacher
 
-    def release(self) -> None:
+    def release(self, box: Box) -> None:
         """Let the box go: its own method again, the teacher's modes as they were found."""
-        box = self._box()
-        if box is not None and box.__dict__.get(BINDING) is self:
-            for name in (BINDING, "forward_process"):
-                box.__dict__.pop(name, None)
+        for name in (BINDING, "forward_process"):
+            box.__dict__.pop(name, None)
         for module in self._teacher_was_training:
             module.training = True
         for term in self.terms:
             term.binding = None
 
-    def forward_process(self, sample_batch: Any, targets: Any = None, supp_dict: Any = None, **kwargs: Any) -> Tensor:
-        """The box's ``forward_process``, with the step known to the terms while it runs."""
-        box = self._box()
-        assert box is not None
-        if not self.is_current(box):
-            # the stage changed without binding: its own terms, if any, say that they are unbound
-            self.release()
-            return box.forward_process(sample_batch, targets, supp_dict, **kwargs)
+    def forward_process(self, box: Box, sample_batch: Any, targets: Any, supp_dict: Any, **kwargs: Any) -> Tensor:
+        """The box's own ``forward_process``, with the step known to the terms while it runs."""
+        for term in self.terms:
+            term.binding = self
+        self.set_teacher_mode()
         if self.evaluated:
-            self.step = Step(self, sample_batch, targets, supp_dict)
+            self.step = Step(self, sample_batch, targets, supp_dict, kwargs)
         try:
             return type(box).forward_process(box, sample_batch, targets, supp_dict, **kwargs)
         finally:
@@ -169,7 +201,7 @@ class Binding:
         step = self.step
         step.student_io_dict, step.teacher_io_dict = student, teacher
         step.search_all()
-        with self.no_trace(term.path):
+        with self.no_trace(term.path), inside(term.path):
             value = term.loss(step, student, teacher, targets)
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(f"{term.path}: the loss is {value.tolist()} at {self.when()}; {step.statistics(term)}")
@@ -194,24 +226,39 @@ class Binding:
         return Noise(self.seed_for(search.identity), like.device, like.dtype)
 
 
+def _forward_process(box: Box, sample_batch: Any, targets: Any = None, supp_dict: Any = None, **kwargs: Any) -> Tensor:
+    """Stands before the class's ``forward_process`` in a bound box."""
+    binding: Binding = box.__dict__[BINDING]
+    if binding.is_current(box):
+        return binding.forward_process(box, sample_batch, targets, supp_dict, **kwargs)
+    # the stage changed without binding: its own terms, if any, say that they are unbound
+    binding.release(box)
+    return box.forward_process(sample_batch, targets, supp_dict, **kwargs)
+
+
 def bind(box: Box, epoch: int | None = None) -> Binding | None:
     """Bind the adversarial terms of the box's present stage; None, and the box let go, where there are none.
+
+    Call it once an epoch: it also reads the terms' weights again. A box that is copied takes its binding along.
 
     Raises:
         ConfigError: a wrong option, with its YAML path.
     """
     binding: Binding | None = box.__dict__.get(BINDING)
     if binding is not None and not binding.is_current(box):
-        binding.release()
+        binding.release(box)
         binding = None
     if binding is None:
         if not find_terms(box):
             return None
         binding = Binding(box)
         box.__dict__[BINDING] = binding
-        box.__dict__["forward_process"] = binding.forward_process
-    elif epoch is None:
-        epoch = binding.epoch + 1
+        # a method of this very box: copies of the box get one of their own
+        box.__dict__["forward_process"] = MethodType(_forward_process, box)
+    else:
+        binding.read_weights(box)
+        if epoch is None:
+            epoch = binding.epoch + 1
     binding.epoch = epoch or 0
     binding.step_number = 0
     binding.set_teacher_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchdistill.common.constant import SELF_MODULE_PATH
 from torchdistill.core.distillation import DistillationBox, MultiStagesDistillationBox
+from torchdistill.core.interfaces.forward_proc import forward_batch4sskd
 from torchdistill.core.training import MultiStagesTrainingBox, TrainingBox
 from torchdistill.core.util import extract_io_dict, update_io_dict
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
@@ -40,13 +42,20 @@ class Side:
     io_dict: IODict
     updatable: bool
 
-    def collect(self, batch: Tensor, targets: Any, supp_dict: Any, device: torch.device) -> IODict:
+    @property
+    def num_views(self) -> int:
+        """Views of an image in a batch: SSKD's data set gives four rotations."""
+        return 4 if self.forward_proc is forward_batch4sskd else 1
+
+    def collect(
+        self, batch: Tensor, targets: Any, supp_dict: Any, kwargs: Mapping[str, Any], device: torch.device
+    ) -> IODict:
         """Outputs and hooked features for ``batch``, gathered as the box gathers them."""
         unwrapped = self.outermost
         while isinstance(unwrapped, (DataParallel, DistributedDataParallel)):
             unwrapped = unwrapped.module
         with torch.set_grad_enabled(self.updatable and torch.is_grad_enabled()), around_ddp(unwrapped):
-            outputs = self.forward_proc(unwrapped, batch, targets, supp_dict)
+            outputs = self.forward_proc(unwrapped, batch, targets, supp_dict, **kwargs)
             io_dict: IODict = extract_io_dict(self.io_dict, device)
             io_dict[SELF_MODULE_PATH]["output"] = outputs
             if isinstance(unwrapped, AuxiliaryModelWrapper):

@@ -47,12 +47,18 @@ def number(value: Any, name: str, *, minimum: float | None = None, above: float 
 def integer(value: Any, name: str, *, minimum: int) -> int:
     """An integer of at least ``minimum``; a whole-numbered float or string is taken too."""
     try:
-        result = number(value, name)
+        result = number(value, name, minimum=minimum)
+        whole = result == int(result)
     except ConfigError:
-        result = math.nan
-    if result != result or result != int(result) or result < minimum:
+        whole = False
+    if not whole:
         raise ConfigError(f"found {value!r}; write an integer >= {minimum}", name)
     return int(result)
+
+
+def optional_integer(value: Any, name: str, *, minimum: int) -> int | None:
+    """None, or an integer of at least ``minimum``."""
+    return None if value is None else integer(value, name, minimum=minimum)
 
 
 def flag(value: Any, name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -27,25 +28,32 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def on_cloned_buffers(*modules: nn.Module) -> Iterator[None]:
+def on_cloned_buffers(*modules: nn.Module, read_only_in_eval: bool = False) -> Iterator[None]:
     """Forward passes inside read and write copies of the buffers; the originals are neither changed nor referred to.
 
     A train-mode pass inside normalises by its batch and moves no running statistics. A graph built inside stays right
     when a later train-mode pass rewrites the originals in place, which autograd does not notice for batch
     normalisation. Nothing is copied back: the references are restored.
+
+    Args:
+        modules: with all their submodules.
+        read_only_in_eval: do not clone what a normalisation layer in eval mode only reads; for passes whose graph does
+            not outlive the guard.
     """
-    originals: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    originals: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
     try:
         for m in {id(m): m for module in modules for m in module.modules()}.values():
+            originals.append((m._buffers, dict(m._buffers)))
+            if read_only_in_eval and isinstance(m, _NormBase) and not m.training:
+                continue
             for name, buffer in m._buffers.items():
                 if buffer is not None:
-                    originals.append((m._buffers, name, buffer))
-        for buffers, name, buffer in originals:
-            buffers[name] = buffer.clone()
+                    m._buffers[name] = buffer.clone()
         yield
     finally:
-        for buffers, name, buffer in originals:
-            buffers[name] = buffer
+        for buffers, before in originals:
+            buffers.clear()
+            buffers.update(before)
 
 
 @contextmanager

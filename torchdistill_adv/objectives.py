@@ -128,7 +128,8 @@ class Objective:
             check_options(entry.function, kwargs, f"objective {key}", skip=1)
             if kwargs.get("target_class") is not None:
                 kwargs["target_class"] = target_class(kwargs["target_class"])
-        return cls(key, tuple(sorted(kwargs.items())))
+        options = ((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(kwargs.items()))
+        return cls(key, tuple(options))
 
     @property
     def entry(self) -> Entry:

@@ -34,7 +34,7 @@ class Registry(Generic[T]):
         self._entries[key] = entry
 
     def __getitem__(self, key: str) -> T:
-        if key not in self._entries:
+        if not isinstance(key, str) or key not in self._entries:
             raise ConfigError(f"found {self.kind} {key!r}; {nearest(key, self._entries)}", "key")
         return self._entries[key]
 
@@ -99,6 +99,10 @@ def build_adversary(spec: Any) -> Any:
         ConfigError: unknown key or option, or a value out of range.
     """
     if callable(spec):
+        missing = [name for name in ("targeted", "num_rows", "num_gradients") if not hasattr(spec, name)]
+        if missing or isinstance(spec, type):
+            needs = "an object with targeted, num_rows and num_gradients"
+            raise ConfigError(f"found {spec!r}; write {{key: ..., kwargs: {{...}}}}, or give {needs}")
         return spec
     key, kwargs = split_spec(spec, "adversary")
     cls = ADVERSARIES[key]

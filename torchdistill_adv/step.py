@@ -15,6 +15,7 @@ from torchdistill_adv.adversaries import Examples
 from torchdistill_adv.boxes import IODict, Side
 from torchdistill_adv.errors import ConfigError, NonFiniteError, inside
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers
+from torchdistill_adv.inputs import check_batch, check_labels, check_logits, check_networks
 from torchdistill_adv.objectives import View
 
 if TYPE_CHECKING:
@@ -31,89 +32,40 @@ class Step:
         labels: their classes, (N,).
     """
 
-    def __init__(self, binding: Binding, sample_batch: Any, targets: Any, supp_dict: Any) -> None:
-        if not isinstance(sample_batch, Tensor) or not sample_batch.is_floating_point() or sample_batch.dim() < 2:
-            found = (
-                f"a {type(sample_batch).__name__}"
-                if not isinstance(sample_batch, Tensor)
-                else f"a tensor {tuple(sample_batch.shape)} of {sample_batch.dtype}"
-            )
-            raise ConfigError(
-                f"found a batch that is {found}; adversarial terms perturb a float tensor (N, C, H, W)",
-                "train.train_data_loader",
-            )
+    def __init__(
+        self, binding: Binding, sample_batch: Any, targets: Any, supp_dict: Any, kwargs: Mapping[str, Any]
+    ) -> None:
+        check_batch(sample_batch, binding.stage)
         self.binding = binding
         self.batch_shape = sample_batch.shape
         self.supp_dict = supp_dict
         self.targets = targets
+        self.kwargs = kwargs
         self.student_io_dict: IODict = {}
         self.teacher_io_dict: IODict = {}
         self._found: dict[Search, Examples] = {}
         self._teacher_clean: Tensor | None = None
         self._records: dict[AdversarialTerm, dict[str, Tensor]] = {}
-        procs = [side.forward_proc for side in (binding.student, binding.teacher) if side is not None]
-        multi_view = forward_batch4sskd in procs and sample_batch.dim() == 5
+        views = max(side.num_views for side in (binding.student, binding.teacher) if side is not None)
+        multi_view = views > 1 and sample_batch.dim() == 5
         self.num_views = sample_batch.shape[1] if multi_view else 1
         self.all_images = (sample_batch.flatten(0, 1) if multi_view else sample_batch).detach()
         self.images = self.all_images[:: self.num_views]
         if not binding.num_classes:
-            self._check_first()
+            binding.num_classes = check_networks(binding, self.all_images)
         if any(term.needs_labels for term in binding.evaluated):
-            self._check_labels(targets)
+            check_labels(targets, len(self.images), binding.num_classes, binding.stage)
 
     @property
     def labels(self) -> Tensor:
         return self.targets
-
-    def _check_first(self) -> None:
-        """Try both networks on one image before the first step, and the images against every threat model."""
-        binding = self.binding
-        for term in binding.evaluated:
-            with inside(term.path), inside("threat"):
-                term.search.threat.check_inputs(self.all_images)
-        with binding.no_trace("check"), torch.no_grad():
-            shapes = {"student": self._probe(binding.student, "student").shape}
-            if binding.teacher is not None and any(term.needs_teacher for term in binding.evaluated):
-                shapes["teacher"] = self._probe(binding.teacher, "teacher").shape
-        for term in binding.evaluated:
-            if term.compares_predictions and shapes["student"] != shapes["teacher"]:
-                raise ConfigError(
-                    f"{type(term).__name__} compares predictions of {shapes['teacher'][1]} classes (teacher) with "
-                    f"{shapes['student'][1]} (student); give both models the same num_classes",
-                    term.path,
-                )
-        binding.num_classes = shapes["student"][1]
-
-    def _probe(self, side: Side, who: str) -> Tensor:
-        with eval_mode(side.network):
-            logits = side.network(self.images[:1])
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise ConfigError(
-                f"the {who} returns {found}; adversarial terms need logits (N, num_classes)", f"models.{who}_model"
-            )
-        return logits
-
-    def _check_labels(self, targets: Any) -> None:
-        expected = f"integers of shape ({len(self.images)},) from 0 to {self.binding.num_classes - 1}"
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != (len(self.images),):
-            found = (
-                f"{tuple(targets.shape)} of {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
-            )
-            raise ConfigError(f"found labels {found}; adversarial terms need {expected}", "train.train_data_loader")
-        low, high = (int(v) for v in targets.aminmax())
-        if low < 0 or high >= self.binding.num_classes:
-            raise ConfigError(
-                f"found labels from {low} to {high}; the networks need {expected}", "train.train_data_loader"
-            )
 
     # networks
 
     def student(self, rows: Tensor, student_bn: str) -> Tensor:
         """The student's logits on ``rows``, with a graph to its parameters."""
         with self._student_mode(student_bn):
-            logits: Tensor = self.binding.student.network(rows)
-        return logits
+            return check_logits(self.binding.student.network(rows), "student")
 
     def _student_mode(self, student_bn: str) -> ExitStack:
         stack = ExitStack()
@@ -129,24 +81,18 @@ class Step:
         assert teacher is not None
         if any(m.training for m in teacher.network.modules()):
             chunk_size = None  # rows of one batch see each other in train mode
-        with torch.no_grad(), self._teacher_untouched():
+        with torch.no_grad(), on_cloned_buffers(teacher.network, read_only_in_eval=True):
             return torch.cat([teacher.network(some) for some in rows.split(chunk_size or len(rows))])
 
-    def _teacher_untouched(self) -> ExitStack:
-        stack = ExitStack()
-        teacher = self.binding.teacher
-        if teacher is not None and any(m.training for m in teacher.network.modules()):
-            stack.enter_context(on_cloned_buffers(teacher.network))
-        return stack
-
     def student_clean(self) -> Tensor:
-        """The student's logits on :attr:`images` from the host's own pass, (N, num_classes)."""
+        """The student's logits on :attr:`images` from the host's own pass, (N, num_classes), with its graph.
+
+        Raises:
+            ConfigError: the box calls the student in a way of the user's own, or gets no logits.
+        """
         logits = self._host_logits(self.student_io_dict)
-        if logits is None:
-            raise ConfigError(
-                "include_clean reads clean logits of the box's student, which returns none; write forward: 'joint'",
-                self.binding.terms[0].path,
-            )
+        if logits is None or self.binding.student.forward_proc.__module__ != forward_batch4sskd.__module__:
+            raise ConfigError("needs the student's clean logits, which this box has not; write forward: 'joint'")
         return logits
 
     def teacher_clean(self) -> Tensor:
@@ -195,11 +141,13 @@ class Step:
             labels = self.labels.repeat_interleave(self.num_views) if search.all_views else self.labels
         images, labels = images[: search.num_images], None if labels is None else labels[: search.num_images]
         known = None
-        with binding.no_trace(search.identity), self._teacher_untouched(), ExitStack() as modes:
+        networks = [side.network for side in (binding.student, binding.teacher) if side is not None]
+        with binding.no_trace(search.identity), ExitStack() as modes:
             if "teacher" in search.objective.clean and not (search.all_views and self.num_views > 1):
                 known = self.teacher_clean()[: search.num_images]
             if "student" in search.objective.needs:
                 modes.enter_context(eval_mode(binding.student.network))
+            modes.enter_context(on_cloned_buffers(*networks, read_only_in_eval=True))
             view = View(
                 images,
                 labels,
@@ -234,7 +182,8 @@ class Step:
         supp_dict = self.supp_dict
         if isinstance(supp_dict, Mapping):
             supp_dict = {k: v for k, v in supp_dict.items() if k not in ("cached_data", "cache_file_path")}
-        return side.collect(rows.view(self.batch_shape), self.targets, supp_dict, self.binding.device)
+        batch = rows.reshape(self.batch_shape)
+        return side.collect(batch, self.targets, supp_dict, self.kwargs, self.binding.device)
 
     # statistics
 

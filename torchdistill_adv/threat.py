@@ -20,7 +20,7 @@ def unit_l2(v: Tensor) -> Tensor:
     """Each row of ``v`` (R, ...) divided by its l2 norm; a zero row stays zero."""
     flat = v.flatten(1)
     flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-    # after that scaling a row that is not zero has a norm of at least 1, so nothing under- or overflows
+    # after that scaling a row that is not denormal has a norm of at least 1, so nothing under- or overflows
     return (flat / flat.norm(dim=1, keepdim=True).clamp_min(1)).view_as(v)
 
 
@@ -72,15 +72,16 @@ class ThreatModel:
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None:
-                values = (
-                    list(values) if isinstance(values, (Sequence, Tensor)) and not isinstance(values, str) else [values]
-                )
+                values = values.tolist() if hasattr(values, "tolist") else values
+                values = values if isinstance(values, Sequence) and not isinstance(values, str) else [values]
                 put(name, tuple(number(v, name, above=0 if name == "std" else None) for v in values))
         if (self.mean is None) != (self.std is None):
             raise ConfigError("is missing; mean and std come together", "mean" if self.mean is None else "std")
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ConfigError(f"found {len(self.std)} values; mean has {len(self.mean)}", "std")
         if not isinstance(self.bounds, str):
+            given: Any = self.bounds
+            put("bounds", given.tolist() if hasattr(given, "tolist") else given)
             if not isinstance(self.bounds, Sequence) or len(self.bounds) != 2:
                 raise ConfigError(f"found {self.bounds!r}; write 'image', 'none' or [lower, upper]", "bounds")
             low, high = (number(v, "bounds") for v in self.bounds)
@@ -105,6 +106,8 @@ class ThreatModel:
             return spec
         if not isinstance(spec, Mapping):
             raise ConfigError(f"found {spec!r}; write {{norm: ..., eps: ..., space: ..., mean: ..., std: ...}}")
+        # torchvision's Normalize has it too, so <<: *normalize_kwargs may bring it along
+        spec = {name: value for name, value in spec.items() if name != "inplace"}
         check_options(cls, spec, "a threat model")
         return cls(**spec)
 
@@ -137,19 +140,12 @@ class ThreatModel:
         flat = self.displacement(rows, x).flatten(1)
         return flat.abs().amax(1) if self.norm == "linf" else flat.norm(dim=1)
 
-    def clip(self, rows: Tensor) -> Tensor:
-        """``rows`` within the valid range."""
-        limits = self.limits(rows)
-        if limits is None:
-            return rows
-        low, high = (torch.as_tensor(v, dtype=rows.dtype, device=rows.device) for v in limits)
-        return torch.maximum(torch.minimum(rows, high), low)
-
     def project(self, rows: Tensor, x: Tensor) -> Tensor:
         """``rows`` (R, ...) into the ball around ``x`` (R, ...) and into the valid range.
 
-        In l2 the ball comes first; clipping to a range that holds ``x`` moves every coordinate toward ``x``, so the
-        result is in both, though not always the nearest such point.
+        The range is widened to hold ``x`` where that lies outside. In l2 the ball comes first; clipping to a range that
+        holds ``x`` moves every coordinate toward ``x``, so the result is in both, though not always the nearest such
+        point.
         """
         if self.norm == "linf":
             radius = self.eps / self._scale(x)
@@ -158,7 +154,11 @@ class ThreatModel:
             norm = self.distance(rows, x)
             inside = x + _rows(rows - x, self.eps / norm.clamp_min(torch.finfo(x.dtype).tiny))
             rows = torch.where(_rows(torch.ones_like(rows), norm) > self.eps, inside, rows)
-        return self.clip(rows)
+        limits = self.limits(x)
+        if limits is None:
+            return rows
+        low, high = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in limits)
+        return torch.maximum(torch.minimum(rows, torch.maximum(high, x)), torch.minimum(low, x))
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """A gradient with respect to the model's input, (R, ...), as one with respect to the units of ``space``."""
@@ -189,16 +189,16 @@ class ThreatModel:
         limits = self.limits(x)
         if limits is None or bool(((x >= limits[0] - 1e-3) & (x <= limits[1] + 1e-3)).all()):
             return
-        if self.mean is not None and self.std is not None:
-            pixels = x * self._channels(self.std, x) + self._channels(self.mean, x)
-            found = f"pixels from {float(pixels.min()):.3g} to {float(pixels.max()):.3g}"
-        else:
-            found = f"values from {float(x.min()):.3g} to {float(x.max()):.3g}"
         low, high = (0, 1) if isinstance(self.bounds, str) else self.bounds
+        values, unit = x, "values"
+        in_pixels = isinstance(self.bounds, str) or self.space == "pixel"
+        if in_pixels and self.mean is not None and self.std is not None:
+            values, unit = x * self._channels(self.std, x) + self._channels(self.mean, x), "pixels"
+        own = "the mean and std of the data's own Normalize ([0] and [1] if there is none)"
         raise ConfigError(
-            f"the images have {found} under this threat model, outside [{low:g}, {high:g}]; write the mean and std of "
-            "the data's own Normalize (mean: [0], std: [1] if the data are not normalised)",
-            "mean" if self.mean is not None else "bounds",
+            f"the images have {unit} from {float(values.min()):.3g} to {float(values.max()):.3g} under this threat "
+            f"model, outside [{low:g}, {high:g}]; write {own if in_pixels else 'wider ones'}",
+            "mean" if in_pixels else "bounds",
         )
 
     def describe(self) -> str:

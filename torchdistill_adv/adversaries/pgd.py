@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchdistill_adv.adversaries.common import Examples, RowObjective, input_gradient, put
-from torchdistill_adv.checks import choice, flag, integer, number
+from torchdistill_adv.checks import choice, flag, integer, number, optional_integer
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.registry import register_adversary
 from torchdistill_adv.threat import ThreatModel
@@ -65,7 +65,7 @@ class PGD:
             noise_std=number(self.noise_std, "noise_std", minimum=0),
             targeted=flag(self.targeted, "targeted"),
             return_path=flag(self.return_path, "return_path"),
-            chunk_size=self.chunk_size and integer(self.chunk_size, "chunk_size", minimum=1),
+            chunk_size=optional_integer(self.chunk_size, "chunk_size", minimum=1),
         )
 
     @property
@@ -124,7 +124,7 @@ class FGSM:
         put(
             self,
             targeted=flag(self.targeted, "targeted"),
-            chunk_size=self.chunk_size and integer(self.chunk_size, "chunk_size", minimum=1),
+            chunk_size=optional_integer(self.chunk_size, "chunk_size", minimum=1),
         )
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdistill_adv.adversaries.common import Examples, RowObjective, input_gradient, put
-from torchdistill_adv.checks import choice, flag, integer, number
+from torchdistill_adv.checks import choice, flag, integer, number, optional_integer
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.registry import register_adversary
 from torchdistill_adv.threat import Norm, ThreatModel
@@ -59,6 +59,12 @@ def svgd_direction(
         bandwidth: sigma, or ``median`` for the median heuristic of each image.
         repulsion: whether the second term is kept.
     """
+    # under autocast the products below would lose the small distances
+    with torch.autocast(particles.device.type, enabled=False):
+        return _svgd_direction(particles, scores, bandwidth, repulsion)
+
+
+def _svgd_direction(particles: Tensor, scores: Tensor, bandwidth: float | str, repulsion: bool) -> Tensor:
     distances = squared_distances(particles)
     variance = median_bandwidth(distances) if isinstance(bandwidth, str) else bandwidth**2
     kernel = torch.exp(-distances / (2 * variance))
@@ -88,7 +94,7 @@ class SVGD:
     (Nguyen-Duc et al., WACV 2023). Defaults are its CIFAR-100 settings.
 
     **At the paper's bandwidth of 1e-3 the kernel is the identity and the repulsion is zero**: particles in a ball of
-    radius 0.3 lie thousands of bandwidths apart, so each follows its own gradient from its own random start.
+    radius 0.3 lie hundreds of bandwidths apart, so each follows its own gradient from its own random start.
     ``bandwidth: 'median'`` is a bandwidth at which the kernel acts.
 
     **The paper's** too: ``norm_p`` is the l2 norm, whatever the ball. **Our reading**: the paper prints one update
@@ -144,7 +150,7 @@ class SVGD:
             norm=choice(self.norm, "norm", ("l2", "linf")),
             repulsion=flag(self.repulsion, "repulsion"),
             targeted=flag(self.targeted, "targeted"),
-            chunk_size=self.chunk_size and integer(self.chunk_size, "chunk_size", minimum=1),
+            chunk_size=optional_integer(self.chunk_size, "chunk_size", minimum=1),
         )
 
     @property
@@ -161,7 +167,7 @@ class SVGD:
         rows = threat.random_start(clean, noise.uniform(clean.shape), self.noise_factor)
 
         def per_image(values: Tensor) -> Tensor:
-            return values.view(self.num_particles, len(x), -1).transpose(0, 1)
+            return values.reshape(self.num_particles, len(x), -1).transpose(0, 1)
 
         for _ in range(self.num_steps):
             scores = threat.gradient(input_gradient(objective, rows, index, self.chunk_size))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchdistill_adv.adversaries.common import Examples, RowObjective, input_gradient, put
 from torchdistill_adv.adversaries.svgd import svgd_direction
-from torchdistill_adv.checks import flag, integer, number
+from torchdistill_adv.checks import flag, integer, number, optional_integer
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.registry import register_adversary
 from torchdistill_adv.threat import ThreatModel, unit_l2
@@ -28,6 +28,8 @@ class VirtualSVGD:
     where :math:`\phi` of :func:`~torchdistill_adv.adversaries.svgd.svgd_direction` takes its gradients at
     :math:`x + \xi d_i`, with the kernel over **all** particles of all images at once and
     :math:`2 \sigma^2 + 10^{-8}` in its exponent.
+
+    Steps follow l2 directions whatever the norm of the ball: use it with an l2 threat model.
 
     The paper has none of these; they are the published code's (a virtual-adversarial-training routine with
     :math:`\xi = 10` and :math:`\epsilon = 0.0005`). At its bandwidth of 1e-3 for K = 4 the kernel is the identity, so
@@ -69,7 +71,7 @@ class VirtualSVGD:
             probe_radius=number(self.probe_radius, "probe_radius", above=0),
             bandwidth=number(self.bandwidth, "bandwidth", above=0),
             targeted=flag(self.targeted, "targeted"),
-            chunk_size=self.chunk_size and integer(self.chunk_size, "chunk_size", minimum=1),
+            chunk_size=optional_integer(self.chunk_size, "chunk_size", minimum=1),
         )
 
     @property

@@ -25,7 +25,8 @@ STUDENT_BN = ("train", "batch", "eval")
 UNBOUND = (
     "is not bound to a box, so it cannot see the images and the networks. Write pre_epoch_process: "
     "'bind_adversarial_losses' into this training stage, or the dependency {name: 'torchdistill_adv.autobind'}. "
-    "(Building a second box in one process resets the first one's pre_epoch_process: train the first one before.)"
+    "(Building a second box in one process resets the first one's pre_epoch_process: train the first one before. A "
+    "high-level loss of your own must keep its terms in term_dict, or as submodules.)"
 )
 
 
@@ -186,6 +187,12 @@ class AdversarialTerm(nn.Module):
                 "{key: 'ce_student', kwargs: {target_class: 'runner_up'}} or another one with a target_class",
                 "objective",
             )
+        if self.teacher_mode == "keep" and getattr(built, "chunk_size", None) is not None:
+            raise ConfigError(
+                "splits batches that a teacher in train mode normalises as a whole; write teacher_mode: 'eval', or "
+                "leave it out",
+                "adversary.kwargs.chunk_size",
+            )
         owner = "" if flag(share, "share") else self.path
         if num_images is not None:
             num_images = integer(num_images, "num_attacked", minimum=1)
@@ -202,6 +209,10 @@ class AdversarialTerm(nn.Module):
         if self.binding is None:
             raise ConfigError(UNBOUND, self.path)
         return self.binding.evaluate(self, student_io_dict, teacher_io_dict, targets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the loss alone is unbound."""
+        return {**self.__dict__, "binding": None}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

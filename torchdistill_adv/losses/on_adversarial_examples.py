@@ -6,11 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchdistill.losses.registry import get_loss_wrapper, register_loss_wrapper
+from torchdistill.losses.registry import (
+    LOSS_DICT,
+    LOSS_WRAPPER_DICT,
+    LOW_LEVEL_LOSS_DICT,
+    get_loss_wrapper,
+    register_loss_wrapper,
+)
 
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import choice
-from torchdistill_adv.errors import ConfigError, inside
+from torchdistill_adv.errors import ConfigError, inside, nearest
 from torchdistill_adv.losses.base import AdversarialTerm, Cost
 from torchdistill_adv.registry import split_spec
 
@@ -88,11 +94,25 @@ class OnAdversarialExamples(AdversarialTerm):
             )
         self.set_modes(student_bn, teacher_mode)
         self.search = self.make_search(adversary, threat, objective, all_views=True, share=share)
-        self.criterion = self.wrapped
-        if criterion_wrapper is not None:
-            with inside("criterion_wrapper"):
-                key, kwargs = split_spec(criterion_wrapper, "loss wrapper")
-                self.criterion = get_loss_wrapper(self.wrapped, {"key": key, "kwargs": kwargs})
+        if isinstance(self.wrapped, AdversarialTerm):
+            raise ConfigError(f"stands around {type(self.wrapped).__name__}, which finds its own examples; drop it")
+        self.criterion = self.wrapped if criterion_wrapper is None else self._wrap(criterion_wrapper)
+        low_level = {**LOSS_DICT, **LOW_LEVEL_LOSS_DICT}.values()
+        if self.criterion is self.wrapped and type(self.wrapped) in low_level:
+            raise ConfigError(
+                f"is missing; {type(self.wrapped).__name__} is a low-level loss and needs a 'SimpleLossWrapper' here",
+                "criterion_wrapper",
+            )
+
+    def _wrap(self, spec: Any) -> nn.Module:
+        with inside("criterion_wrapper"):
+            key, kwargs = split_spec(spec, "loss wrapper")
+            if key not in LOSS_WRAPPER_DICT:
+                raise ConfigError(f"found {key!r}; {nearest(key, LOSS_WRAPPER_DICT)}", "key")
+            try:
+                return get_loss_wrapper(self.wrapped, {"key": key, "kwargs": kwargs})
+            except (KeyError, TypeError) as error:
+                raise ConfigError(f"{key} cannot be built with these: {error!r}", "kwargs") from error
 
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         groups = step.examples(self.search).rows.split(len(step.all_images))

@@ -14,6 +14,7 @@ from torchdistill_adv.checks import choice, flag
 from torchdistill_adv.divergences import cross_entropy
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.losses.base import AdversarialTerm, Cost
+from torchdistill_adv.objectives import target_class as check_target_class
 from torchdistill_adv.registry import build_adversary
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class TALDLoss(AdversarialTerm):
         forward: ``separate`` passes the particles alone through the student; ``joint`` particles and clean images in
             one pass, so that batch normalisation mixes them.
         student_bn: ``batch`` normalises the particles by their own statistics and leaves the running ones alone;
-            ``train`` moves the running statistics as well; ``eval`` uses the running ones.
+            ``train`` moves the running statistics as well; ``eval`` puts the student in eval mode, which uses the
+            running ones and turns dropout off.
         teacher_mode: ``eval`` puts the teacher's network in eval mode; ``keep`` leaves it as torchdistill has it.
         share: whether an equal search of another term is shared.
 
@@ -102,7 +104,7 @@ class TALDLoss(AdversarialTerm):
         if target_class is not None:
             if objective is not None:
                 raise ConfigError("found an objective beside target_class, which sets its own; drop one", "objective")
-            objective = {"key": "ce_teacher", "kwargs": {"target_class": target_class}}
+            objective = {"key": "ce_teacher", "kwargs": {"target_class": check_target_class(target_class)}}
             with inside("adversary"):
                 adversary = dataclasses.replace(build_adversary(adversary), targeted=True)
         self.search = self.make_search(

@@ -1,0 +1,99 @@
+"""What a box hands to the adversarial terms, checked before the first step: batch, labels, networks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchdistill_adv.boxes import Side
+from torchdistill_adv.errors import ConfigError, inside
+from torchdistill_adv.guards import eval_mode, on_cloned_buffers
+
+if TYPE_CHECKING:
+    from torchdistill_adv.binding import Binding
+
+
+def check_batch(batch: Any, path: str) -> None:
+    """A batch that can be perturbed: a float tensor (N, ...).
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(batch, Tensor) and batch.is_floating_point() and batch.dim() >= 2:
+        return
+    found = f"a {type(batch).__name__}"
+    if isinstance(batch, Tensor):
+        found = f"a tensor {tuple(batch.shape)} of {batch.dtype}"
+    raise ConfigError(
+        f"found a batch that is {found}; adversarial terms perturb a float tensor (N, C, H, W)",
+        f"{path}.train_data_loader",
+    )
+
+
+def check_labels(labels: Any, count: int, num_classes: int, path: str) -> None:
+    """Class numbers (count,), each below ``num_classes``.
+
+    Raises:
+        ConfigError: they are something else.
+    """
+    expected = f"int64 class numbers of shape ({count},) from 0 to {num_classes - 1}"
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (count,):
+        found = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ConfigError(f"found labels {found}; adversarial terms need {expected}", f"{path}.train_data_loader")
+    low, high = (int(v) for v in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise ConfigError(
+            f"found labels from {low} to {high}; the networks need {expected}", f"{path}.train_data_loader"
+        )
+
+
+def check_networks(binding: Binding, images: Tensor) -> int:
+    """Try the networks on one image, without a trace, and the images against every threat model.
+
+    Returns:
+        The student's number of classes.
+
+    Raises:
+        ConfigError: images out of range, a network that returns no logits, or networks with different classes.
+    """
+    for term in binding.evaluated:
+        with inside(term.path), inside("threat"):
+            term.search.threat.check_inputs(images)
+    names = {"student": "student_model" if binding.teacher is not None else "model", "teacher": "teacher_model"}
+    classes = {"student": _num_classes(binding, binding.student, images, names["student"])}
+    if binding.teacher is not None and any(term.needs_teacher for term in binding.evaluated):
+        classes["teacher"] = _num_classes(binding, binding.teacher, images, names["teacher"])
+    for term in binding.evaluated:
+        if term.compares_predictions and classes["student"] != classes["teacher"]:
+            raise ConfigError(
+                f"{type(term).__name__} compares predictions of {classes['teacher']} classes (teacher) with "
+                f"{classes['student']} (student); give both models the same num_classes",
+                term.path,
+            )
+    return classes["student"]
+
+
+def _num_classes(binding: Binding, side: Side, images: Tensor, name: str) -> int:
+    try:
+        with binding.no_trace("check"), torch.no_grad(), eval_mode(side.network), on_cloned_buffers(side.network):
+            logits = side.network(images[:1])
+    except TypeError as error:
+        raise ConfigError(f"cannot be called with images alone: {error}", f"models.{name}") from error
+    finally:
+        # under autocast the pass above leaves casts of the weights without a gradient, which the host would use
+        torch.clear_autocast_cache()
+    return check_logits(logits, f"models.{name}").shape[1]
+
+
+def check_logits(logits: Any, path: str) -> Tensor:
+    """What a network returned, if that is logits (R, num_classes).
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(logits, Tensor) and logits.dim() == 2:
+        return logits
+    found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    raise ConfigError(f"returns {found}; adversarial terms need logits (N, num_classes)", path)
