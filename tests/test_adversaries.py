@@ -292,7 +292,7 @@ def test_virtual_svgd_is_the_published_routine():
     for row in range(6):
         probe = x[row % 3].numpy() + 10 * directions[row].reshape(x.shape[1:])
         scores.append(gradient(torch.tensor(probe), row % 3).numpy().ravel())
-    _, phi = kernel_and_direction(directions, np.stack(scores), np.sqrt((2 * 0.8**2 + 1e-8) / 2))
+    _, phi = kernel_and_direction(directions, np.stack(scores), 0.8)
     for row in range(6):
         unit = (phi[row] / np.linalg.norm(phi[row])).reshape(x.shape[1:])
         assert np.allclose(found[row].numpy(), np.clip(x[row % 3].numpy() + 5e-4 * unit, -2.5, 2.5), atol=1e-12)

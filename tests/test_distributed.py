@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -61,7 +62,15 @@ def work(rank: int, folder: str, names: list[str]) -> None:
 
 def test_gradient_of_two_processes_is_that_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(Binding, "noise_for", Binding.noise_for)
-    mp.spawn(work, (str(tmp_path), list(TERMS)), nprocs=2)
+    processes = mp.spawn(work, (str(tmp_path), list(TERMS)), nprocs=2, join=False)
+    # DDP that is called twice in a step does not fail, it hangs
+    deadline = time.monotonic() + 180
+    try:
+        while not processes.join(timeout=5):
+            assert time.monotonic() < deadline, "the processes hang"
+    finally:
+        for process in processes.processes:
+            process.kill()
     for name, sub_term in TERMS.items():
         expected = gradient(0, 1, {name: sub_term})
         for rank in range(2):

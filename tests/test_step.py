@@ -19,7 +19,7 @@ from torchdistill_adv.adversaries import PGD, Examples
 from torchdistill_adv.adversaries.svgd import svgd_direction
 from torchdistill_adv.binding import bind
 from torchdistill_adv.errors import ConfigError, NonFiniteError
-from torchdistill_adv.guards import own_random_stream
+from torchdistill_adv.guards import on_cloned_buffers, own_random_stream
 from torchdistill_adv.losses import TALDLoss
 from torchdistill_adv.step import Step
 from torchdistill_adv.threat import ThreatModel
@@ -292,12 +292,12 @@ def test_own_random_stream_is_set_and_given_back_in_all_three_libraries():
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
     expected = [draw(), draw()]
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
-    found = [draw()]
+    found = []
     inside = []
     for _ in range(2):
         with own_random_stream(5, torch.device("cpu")):
             inside.append(draw())
-    found.append(draw())
+        found.append(draw())
     assert found == expected
     assert inside[0] == inside[1] and inside[0] not in expected
 
@@ -419,6 +419,7 @@ class Counter(nn.Module):
         self.count += 1
         if self.size is None:
             self.size = torch.tensor(len(x))
+            self.register_buffer("late", torch.tensor(len(x)))
         return x
 
 
@@ -428,7 +429,23 @@ def test_buffers_that_move_in_any_mode_count_the_hosts_passes_alone():
     for _ in range(2):
         step(box, *images())
     assert [float(net[0].count) for net in nets.values()] == [2, 2]
-    assert [int(net[0].size) for net in nets.values()] == [6, 6]
+    assert [int(net[0].size) for net in nets.values()] == [int(net[0].late) for net in nets.values()] == [6, 6]
+
+
+def test_buffers_made_inside_the_guard_are_gone_after_it():
+    module = Counter()
+    with on_cloned_buffers(module):
+        module(torch.ones(3))
+        assert int(module.late) == 3
+    assert set(module._buffers) == {"count", "size"} and module.size is None and module.count == 0
+
+
+def test_every_epoch_counts_its_steps_from_zero():
+    box = bound({"tald": tald()})
+    step(box, *images())
+    assert box.adversarial_binding.when() == "epoch 0, step 1"
+    box.pre_epoch_process(epoch=4)
+    assert box.adversarial_binding.when() == "epoch 4, step 0"
 
 
 @pytest.mark.parametrize("which", ["batch", "networks"])

@@ -46,8 +46,8 @@ class Adversary(Protocol):
 def input_gradient(objective: RowObjective, rows: Tensor, index: Tensor, chunk_size: int | None = None) -> Tensor:
     """The gradient of each row's objective with respect to that row, (R, ...).
 
-    ``chunk_size`` bounds how many rows go through the networks at once; as rows are independent, it changes nothing
-    but the memory. Parameters get no gradient.
+    ``chunk_size`` bounds how many rows go through the networks at once; where rows are independent, as they are in eval
+    mode, it changes nothing but the memory. Parameters get no gradient.
     """
     gradients = []
     with torch.enable_grad():

@@ -26,8 +26,8 @@ class VirtualSVGD:
         x_i = \Pi_{C_\epsilon}(x + \epsilon\, d_i)
 
     where :math:`\phi` of :func:`~torchdistill_adv.adversaries.svgd.svgd_direction` takes its gradients at
-    :math:`x + \xi d_i`, with the kernel over **all** particles of all images at once and
-    :math:`2 \sigma^2 + 10^{-8}` in its exponent.
+    :math:`x + \xi d_i`, with the kernel over **all** particles of all images at once. (The 1e-8 that the code adds to
+    :math:`2 \sigma^2` changes nothing between unit directions, and is left out.)
 
     Steps follow l2 directions whatever the norm of the ball: use it with an l2 threat model.
 
@@ -86,7 +86,6 @@ class VirtualSVGD:
         index = torch.arange(len(x), device=x.device).repeat(self.num_particles)
         clean = x.detach()[index]
         directions = unit_l2(noise.uniform(clean.shape))
-        sigma = (self.bandwidth**2 + 5e-9) ** 0.5
         for _ in range(self.num_steps):
             probes = threat.step(clean, directions, self.probe_radius, "l2")
             scores = threat.gradient(input_gradient(objective, probes, index, self.chunk_size))
@@ -94,7 +93,7 @@ class VirtualSVGD:
             all_rows = svgd_direction(
                 directions.reshape(1, len(clean), -1),
                 (-scores if self.targeted else scores).reshape(1, len(clean), -1),
-                sigma,
+                self.bandwidth,
             )
             directions = unit_l2(all_rows.view_as(directions))
         return Examples(threat.project(threat.step(clean, directions, threat.eps, "l2"), clean), index)
