@@ -21,6 +21,8 @@ from torchdistill_adv.binding import bind
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.guards import on_cloned_buffers, own_random_stream
 from torchdistill_adv.losses import TALDLoss
+from torchdistill_adv.objectives import OBJECTIVES, register_objective
+from torchdistill_adv.registry import ADVERSARIES, register_adversary
 from torchdistill_adv.step import Step
 from torchdistill_adv.threat import ThreatModel
 
@@ -519,6 +521,27 @@ def test_include_clean_needs_logits_that_are_known_to_be_such():
     with pytest.raises(ConfigError, match="forward: 'joint'") as error:
         box.forward_process(*images())
     assert error.value.path == "train.criterion.kwargs.sub_terms.tald.criterion.kwargs"
+
+
+def test_adversaries_and_objectives_of_a_user_are_used_by_key(monkeypatch):
+    for registry in (ADVERSARIES, OBJECTIVES):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    sharpnesses = []
+
+    @register_adversary(key="TwoSteps")
+    @dataclass(frozen=True)
+    class Search(PGD):
+        num_steps: int = 2
+
+    @register_objective(attacks=("student",), clean=("teacher",), key="sharp")
+    def objective(view, sharpness=1.0):
+        sharpnesses.append(sharpness)
+        return lambda rows, index: (view.student(rows) - sharpness * view.teacher_clean[index]).square().sum(1)
+
+    options = {"adversary": "TwoSteps", "objective": {"key": "sharp", "kwargs": {"sharpness": 3.0}}}
+    box = bound({"adv": on_adversarial(KD, **options)})
+    assert torch.isfinite(step(box, *images()))
+    assert sharpnesses == [3.0]
 
 
 SIMPLE = CE["criterion_wrapper"]
