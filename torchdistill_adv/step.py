@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torchdistill.common.constant import SELF_MODULE_PATH
-from torchdistill.core.interfaces.forward_proc import forward_batch4sskd
+from torchdistill.core.interfaces import forward_proc
 
 from torchdistill_adv.adversaries import Examples
 from torchdistill_adv.boxes import IODict, Side
@@ -91,7 +91,8 @@ class Step:
             ConfigError: the box calls the student in a way of the user's own, or gets no logits.
         """
         logits = self._host_logits(self.student_io_dict)
-        if logits is None or self.binding.student.forward_proc.__module__ != forward_batch4sskd.__module__:
+        # a forward process of a user's own may return anything of the same shape, such as probabilities
+        if logits is None or self.binding.student.forward_proc.__module__ != forward_proc.__name__:
             raise ConfigError("needs the student's clean logits, which this box has not; write forward: 'joint'")
         return logits
 
