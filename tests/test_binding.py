@@ -19,6 +19,7 @@ from tiny import (
     L2_THREAT,
     NUM_CLASSES,
     PIXEL_THREAT,
+    bound,
     images,
     network,
     on_adversarial,
@@ -36,19 +37,6 @@ from torchdistill_adv.losses.base import Cost
 from torchdistill_adv.step import Step
 
 TERM = "train.criterion.kwargs.sub_terms"
-
-
-def bound(sub_terms, **options):
-    box = tiny_box(sub_terms, **options)
-    box.pre_epoch_process(epoch=0)
-    return box
-
-
-def count_searches(monkeypatch):
-    count = []
-    run = Step._run
-    monkeypatch.setattr(Step, "_run", lambda self, *args: (count.append(args[0]), run(self, *args))[1])
-    return count
 
 
 # what is bound
@@ -104,10 +92,9 @@ def stages(second):
         (({"kd": KD}, {"pre_epoch_process": "default_pre_epoch_process_with_teacher"}), False),
     ],
 )
-def test_stages_are_bound_again_or_let_go(second, evaluated, monkeypatch):
+def test_stages_are_bound_again_or_let_go(second, evaluated, searches):
     from torchdistill.core.distillation import get_distillation_box
 
-    searches = count_searches(monkeypatch)
     data = tiny_box({"kd": KD}).dataset_dict
     teacher, student = network(1, width=8), network(2)
     box = get_distillation_box(teacher, student, data, stages(second), torch.device("cpu"), None, False, 1)
@@ -186,8 +173,7 @@ def test_what_needs_a_teacher_is_refused_without_one(sub_term):
 # weight 0
 
 
-def test_term_of_weight_zero_is_not_evaluated_and_the_log_says_so(monkeypatch, caplog):
-    searches = count_searches(monkeypatch)
+def test_term_of_weight_zero_is_not_evaluated_and_the_log_says_so(searches, caplog):
     with caplog.at_level(logging.INFO):
         box = bound({"kd": KD, "tald": tald(0.0)})
     assert "weight 0 and is not evaluated" in caplog.text
@@ -198,8 +184,7 @@ def test_term_of_weight_zero_is_not_evaluated_and_the_log_says_so(monkeypatch, c
 # sharing and order
 
 
-def test_equal_searches_are_shared_and_their_noise_with_them(monkeypatch):
-    searches = count_searches(monkeypatch)
+def test_equal_searches_are_shared_and_their_noise_with_them(searches):
     box = bound({"a": on_adversarial(KD), "b": on_adversarial(CE), "c": on_adversarial(KD, share=False)})
     x, y = images()
     box.forward_process(x, y)
@@ -210,30 +195,15 @@ def test_equal_searches_are_shared_and_their_noise_with_them(monkeypatch):
     assert len(searches) == 4
 
 
-def examples_of(box, name):
-    found = {}
-    x, y = images()
-    search = term(box, name).search if term(box, name).binding else None
-    run = Step._run
-
-    def spy(self, wanted, owner):
-        found[wanted] = run(self, wanted, owner)
-        return found[wanted]
-
-    Step._run = spy
-    try:
-        box.forward_process(x, y)
-    finally:
-        Step._run = run
-    return found[search].rows
-
-
-def test_examples_of_a_term_do_not_depend_on_the_others():
+def test_examples_of_a_term_do_not_depend_on_the_others(searches):
     """Searches come before outer passes, which move running statistics; and noise depends on the settings alone."""
     moving = on_adversarial(KD, student_bn="train", adversary="FGSM")
-    alone = examples_of(bound({"kd": KD, "a": on_adversarial(KD)}), "a")
-    after = examples_of(bound({"kd": KD, "moving": moving, "a": on_adversarial(KD)}), "a")
-    assert torch.equal(alone, after)
+    x, y = images()
+    for others in ({}, {"moving": moving}):
+        box = bound({"kd": KD, **others, "a": on_adversarial(KD)})
+        box.forward_process(x, y)
+    found = [examples.rows for search, examples in searches if search == term(box, "a").search]
+    assert len(found) == 2 and torch.equal(*found)
 
 
 def test_noise_differs_by_step_and_epoch_and_repeats():

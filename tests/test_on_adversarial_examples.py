@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CE, KD, images, network, on_adversarial, term, tiny_box
+from tiny import CE, KD, bound, images, network, on_adversarial, term, tiny_box
 from torch.nn import functional as F
 
 from torchdistill_adv.errors import ConfigError
-from torchdistill_adv.step import Step
 
 AT = {
     "criterion": {
@@ -42,20 +41,6 @@ FEATURE_MSE = {
 HOOKS = {"input": [], "output": ["0", "2"]}
 
 
-def bound(sub_terms, **options):
-    box = tiny_box(sub_terms, hooks=HOOKS, **options)
-    box.pre_epoch_process(epoch=0)
-    return box
-
-
-@pytest.fixture
-def examples(monkeypatch):
-    seen = []
-    run = Step._run
-    monkeypatch.setattr(Step, "_run", lambda self, *args: (seen.append(run(self, *args)), seen[-1])[1])
-    return seen
-
-
 def at_loss(student, teacher):
     def attention(features):
         return F.normalize(features.pow(2).mean(1).flatten(1))
@@ -66,15 +51,17 @@ def at_loss(student, teacher):
 @pytest.mark.parametrize(
     "student_on, teacher_on", [("adversarial",) * 2, ("clean", "adversarial"), ("adversarial", "clean")]
 )
-def test_features_are_those_of_the_chosen_side(examples, student_on, teacher_on):
+def test_features_are_those_of_the_chosen_side(searches, student_on, teacher_on):
     """Against features computed by hand, with every layer's hooks out of play."""
     sides = {"student_on": student_on, "teacher_on": teacher_on, "student_bn": "eval"}
     box = bound(
-        {"mse": on_adversarial(FEATURE_MSE, **sides), "at": on_adversarial(AT, **sides)}, student=network(2, 8, False)
+        {"mse": on_adversarial(FEATURE_MSE, **sides), "at": on_adversarial(AT, **sides)},
+        student=network(2, 8, False),
+        hooks=HOOKS,
     )
     x, y = images()
     loss = box.forward_process(x, y)
-    inputs = {"clean": x, "adversarial": examples[0].rows}
+    inputs = {"clean": x, "adversarial": searches[0][1].rows}
     student = box.org_student_model[:3](inputs[student_on])
     teacher = box.org_teacher_model[:3](inputs[teacher_on])
     first = F.mse_loss(
@@ -84,7 +71,7 @@ def test_features_are_those_of_the_chosen_side(examples, student_on, teacher_on)
     assert not torch.equal(inputs["clean"], inputs["adversarial"])
 
 
-def test_several_particles_come_in_batches_of_their_own(examples):
+def test_several_particles_come_in_batches_of_their_own(searches):
     """A loss that compares the images of a batch must not see two particles of one image together."""
     rkd = {
         "criterion": {
@@ -100,29 +87,31 @@ def test_several_particles_come_in_batches_of_their_own(examples):
         "weight": 1.0,
     }
     adversary = {"key": "SVGD", "kwargs": {"num_particles": 3}}
-    box = bound({"rkd": on_adversarial(rkd, adversary=adversary, student_bn="eval")}, student=network(2, 8, False))
+    box = bound(
+        {"rkd": on_adversarial(rkd, adversary=adversary, student_bn="eval")}, student=network(2, 8, False), hooks=HOOKS
+    )
     loss = box.forward_process(*images())
     criterion = term(box, "rkd").criterion
     values = []
-    for rows in examples[0].rows.split(6):
+    for rows in searches[0][1].rows.split(6):
         student, teacher = ({"2": {"output": n[:3](rows)}} for n in (box.org_student_model, box.org_teacher_model))
         values.append(criterion(student, teacher))
     assert torch.allclose(loss, torch.stack(values).mean(), rtol=1e-5)
 
 
 def test_gradient_reaches_the_student_alone():
-    box = bound({"at": on_adversarial(AT)})
+    box = bound({"at": on_adversarial(AT)}, hooks=HOOKS)
     box.forward_process(*images()).backward()
     assert box.org_student_model[0].weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in box.org_teacher_model.parameters())
 
 
-def test_low_level_loss_keeps_its_own_wrapper(examples):
-    box = bound({"ce": on_adversarial(CE, student_bn="eval")})
+def test_low_level_loss_keeps_its_own_wrapper(searches):
+    box = bound({"ce": on_adversarial(CE, student_bn="eval")}, hooks=HOOKS)
     x, y = images()
     loss = box.forward_process(x, y)
     box.org_student_model.eval()
-    assert torch.allclose(loss, F.cross_entropy(box.org_student_model(examples[0].rows), y), rtol=1e-5)
+    assert torch.allclose(loss, F.cross_entropy(box.org_student_model(searches[0][1].rows), y), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

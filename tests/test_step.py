@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from tiny import CE, KD, L2_THREAT, images, network, on_adversarial, step, tald, term, tiny_box, train_config
+from tiny import CE, KD, L2_THREAT, bound, images, network, on_adversarial, step, tald, term, tiny_box, train_config
 from torch import nn
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.interfaces.registry import register_forward_proc_func
@@ -25,12 +25,6 @@ from torchdistill_adv.objectives import OBJECTIVES, register_objective
 from torchdistill_adv.registry import ADVERSARIES, register_adversary
 from torchdistill_adv.step import Step
 from torchdistill_adv.threat import ThreatModel
-
-
-def bound(sub_terms, **options):
-    box = tiny_box(sub_terms, **options)
-    box.pre_epoch_process(epoch=0)
-    return box
 
 
 def passes(module):
@@ -210,15 +204,11 @@ def four_views():
 SSKD = {"forward_proc": "forward_batch4sskd"}
 
 
-def test_labels_of_several_views_belong_to_the_first():
+def test_labels_of_several_views_belong_to_the_first(searches):
     box = with_side({"tald": tald(1.0, student_bn="eval")}, teacher=SSKD, student=SSKD)
     x, y = four_views()
-    found = []
-    run = Step._run
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "_run", lambda self, *args: (found.append(run(self, *args)), found[-1])[1])
-        loss = box.forward_process(x, y)
-    (examples,) = found
+    loss = box.forward_process(x, y)
+    ((_, examples),) = searches
     assert (term(box, "tald").search.threat.distance(examples.rows, x[:, 0][examples.index]) <= 0.3 + 1e-6).all()
     box.org_student_model.eval()
     gaps = [
@@ -228,7 +218,7 @@ def test_labels_of_several_views_belong_to_the_first():
     assert torch.allclose(loss, (gaps[0] - gaps[1]).square().mean(), rtol=1e-4)
 
 
-def test_wrapped_losses_see_every_view_and_searches_the_label_of_its_image():
+def test_wrapped_losses_see_every_view_and_searches_the_label_of_its_image(searches):
     feature = {
         "criterion": {"key": "MSELoss", "kwargs": {}},
         "criterion_wrapper": {
@@ -244,17 +234,14 @@ def test_wrapped_losses_see_every_view_and_searches_the_label_of_its_image():
     options = {"objective": "ce_student", "adversary": "FGSM", "threat": threat, "student_bn": "eval"}
     box = with_side({"adv": on_adversarial(feature, **options)}, teacher=SSKD, student=SSKD)
     x, y = four_views()
-    found = []
-    run = Step._run
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "_run", lambda self, *args: (found.append(run(self, *args)), found[-1])[1])
-        box.forward_process(x, y)
+    box.forward_process(x, y)
+    ((_, examples),) = searches
     flat = x.flatten(0, 1).requires_grad_()
     box.org_student_model.eval()
     labels = torch.tensor([int(y[i // 4]) for i in range(24)])
     loss = nn.functional.cross_entropy(box.org_student_model(flat), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, flat)
-    move = found[0].rows - flat
+    move = examples.rows - flat
     assert (torch.cosine_similarity(move.flatten(1), gradient.flatten(1)) > 0.99).all()
 
 

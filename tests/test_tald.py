@@ -14,21 +14,6 @@ from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.losses.base import AdversarialTerm
 
 
-def capture_examples(monkeypatch):
-    """The examples of each search as the losses get them."""
-    from torchdistill_adv.step import Step
-
-    seen = []
-    run = Step._run
-
-    def spy(self, search, owner):
-        seen.append(run(self, search, owner))
-        return seen[-1]
-
-    monkeypatch.setattr(Step, "_run", spy)
-    return seen
-
-
 def logits_of(net, rows, bn):
     """Logits in float64 from a copy of ``net``, batch normalisation included, row by row where it is fixed."""
     net = copy.deepcopy(net)
@@ -45,17 +30,16 @@ def cross_entropy(logits, y):
 @pytest.mark.parametrize("forward", ["separate", "joint"])
 @pytest.mark.parametrize("include_clean", [False, True])
 @pytest.mark.parametrize("num_attacked", [None, 2, 99])
-def test_loss_is_equation_3(monkeypatch, student_bn, forward, include_clean, num_attacked):
+def test_loss_is_equation_3(searches, student_bn, forward, include_clean, num_attacked):
     options = {"student_bn": student_bn, "forward": forward, "include_clean": include_clean}
     box = tiny_box({"tald": tald(1.0, num_attacked=num_attacked, **options)}, double=True)
-    seen = capture_examples(monkeypatch)
     x, y = images()
     x = x.double()
     box.pre_epoch_process(epoch=0)
     before = copy.deepcopy(box.org_student_model)
     loss = box.forward_process(x, y)
 
-    (examples,) = seen
+    ((_, examples),) = searches
     attacked = min(num_attacked or 6, 6)
     assert examples.index.tolist() == list(range(attacked)) * 2
     # the clean pass of the box comes first, and moves the running statistics
@@ -106,14 +90,13 @@ def test_gradient_is_that_of_finite_differences():
         assert abs((values[0] - values[1]) / 2e-6 - float(gradient[i, j])) < 1e-6
 
 
-def test_particles_raise_the_divergence_of_the_teacher(monkeypatch):
-    seen = capture_examples(monkeypatch)
+def test_particles_raise_the_divergence_of_the_teacher(searches):
     adversary = {"key": "SVGD", "kwargs": {"num_steps": 5, "noise_factor": 0.1}}
     box = tiny_box({"tald": tald(adversary=adversary)})
     x, y = images()
     box.pre_epoch_process(epoch=0)
     box.forward_process(x, y)
-    (examples,) = seen
+    ((_, examples),) = searches
     teacher = box.org_teacher_model
 
     def divergence(rows):
@@ -127,14 +110,13 @@ def test_particles_raise_the_divergence_of_the_teacher(monkeypatch):
 
 
 @pytest.mark.parametrize("target_class", ["runner_up", "random", 3])
-def test_targeted_particles_approach_the_class(monkeypatch, target_class):
-    seen = capture_examples(monkeypatch)
+def test_targeted_particles_approach_the_class(searches, target_class):
     adversary = {"key": "SVGD", "kwargs": {"num_steps": 4, "step_size": 0.1, "noise_factor": 0.1}}
     box = tiny_box({"tald": tald(adversary=adversary, target_class=target_class)})
     x, y = images()
     box.pre_epoch_process(epoch=0)
     box.forward_process(x, y)
-    (examples,) = seen
+    ((_, examples),) = searches
     with torch.no_grad():
         before = box.org_teacher_model(x[examples.index]).softmax(1)
         after = box.org_teacher_model(examples.rows).softmax(1)

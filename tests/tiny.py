@@ -131,6 +131,13 @@ def tiny_box(
     return get_distillation_box(teacher, student, *common)
 
 
+def bound(sub_terms: dict[str, Any], **options: Any) -> Box:
+    """A tiny box whose first epoch has begun."""
+    box = tiny_box(sub_terms, **options)
+    box.pre_epoch_process(epoch=0)
+    return box
+
+
 def term(box: Box, name: str) -> Any:
     return box.criterion.term_dict[name][0]
 
