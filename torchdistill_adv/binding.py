@@ -151,7 +151,7 @@ class Binding:
 
     def set_teacher_mode(self) -> None:
         """Put the teacher's network in eval mode, which torchdistill never does, unless it is to be kept."""
-        if self.teacher is None or self.teacher_mode == "keep":
+        if self.teacher is None or self.teacher_mode == "keep" or not self.teacher.in_train_mode:
             return
         students = set(self.student.network.modules())
         training = [m for m in self.teacher.network.modules() if m.training and m not in students]

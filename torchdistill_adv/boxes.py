@@ -47,6 +47,11 @@ class Side:
         """Views of an image in a batch: SSKD's data set gives four rotations."""
         return 4 if self.forward_proc is forward_batch4sskd else 1
 
+    @property
+    def in_train_mode(self) -> bool:
+        """Whether any part of the network is."""
+        return any(m.training for m in self.network.modules())
+
     def collect(
         self, batch: Tensor, targets: Any, supp_dict: Any, kwargs: Mapping[str, Any], device: torch.device
     ) -> IODict:
@@ -94,5 +99,6 @@ def sides(box: Box) -> tuple[Side, Side | None]:
 
 
 def stage_path(box: Box) -> str:
+    """YAML path of the stage that ``box`` is in."""
     staged = isinstance(box, (MultiStagesDistillationBox, MultiStagesTrainingBox))
     return f"train.stage{getattr(box, 'stage_number', 1)}" if staged else "train"

@@ -73,3 +73,9 @@ def choice(value: Any, name: str, known: Collection[str]) -> str:
     if value not in known:
         raise ConfigError(f"found {value!r}; {nearest(value, known)}", name)
     return str(value)
+
+
+def put(self: Any, **values: Any) -> None:
+    """Set checked values on a frozen dataclass in ``__post_init__``."""
+    for name, value in values.items():
+        object.__setattr__(self, name, value)

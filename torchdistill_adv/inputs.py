@@ -87,7 +87,7 @@ def _num_classes(binding: Binding, side: Side, images: Tensor, name: str) -> int
     return check_logits(logits, f"models.{name}").shape[1]
 
 
-def check_logits(logits: Any, path: str) -> Tensor:
+def check_logits(logits: Any, path: str, who: str = "adversarial terms need") -> Tensor:
     """What a network returned, if that is logits (R, num_classes).
 
     Raises:
@@ -96,4 +96,4 @@ def check_logits(logits: Any, path: str) -> Tensor:
     if isinstance(logits, Tensor) and logits.dim() == 2:
         return logits
     found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-    raise ConfigError(f"returns {found}; adversarial terms need logits (N, num_classes)", path)
+    raise ConfigError(f"returns {found}; {who} logits (N, num_classes)", path)

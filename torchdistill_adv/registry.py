@@ -63,8 +63,11 @@ def check_options(function: Callable[..., Any], kwargs: Mapping[str, Any], owner
     The first ``skip`` parameters of ``function`` are not options.
     """
     parameters = dict(list(inspect.signature(function).parameters.items())[skip:])
+    kinds = {parameter.kind for parameter in parameters.values()}
+    variable = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variable}
     for name in kwargs:
-        if name not in parameters:
+        if name not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
             raise ConfigError(f"{owner} has no such option; {nearest(name, parameters)}", str(name))
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in kwargs:

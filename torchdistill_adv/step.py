@@ -79,7 +79,7 @@ class Step:
         """The teacher's logits on ``rows``, without a graph; ``chunk_size`` bounds how many it sees at once."""
         teacher = self.binding.teacher
         assert teacher is not None
-        if any(m.training for m in teacher.network.modules()):
+        if teacher.in_train_mode:
             chunk_size = None  # rows of one batch see each other in train mode
         with torch.no_grad(), on_cloned_buffers(teacher.network, read_only_in_eval=True):
             return torch.cat([teacher.network(some) for some in rows.split(chunk_size or len(rows))])
@@ -107,7 +107,7 @@ class Step:
             logits = self._host_logits(self.teacher_io_dict)
             cached = isinstance(self.supp_dict, Mapping) and "cached_data" in self.supp_dict
             assert binding.teacher is not None
-            if logits is not None and not cached and not any(m.training for m in binding.teacher.network.modules()):
+            if logits is not None and not cached and not binding.teacher.in_train_mode:
                 if binding.reuses_teacher_logits is None:
                     own = self.teacher(self.images[:1])
                     binding.reuses_teacher_logits = torch.allclose(own, logits[:1].to(own.dtype), rtol=1e-2, atol=1e-2)
@@ -137,10 +137,11 @@ class Step:
 
     def _run(self, search: Search, term: AdversarialTerm) -> Examples:
         binding = self.binding
-        images, labels = (self.all_images, None) if search.all_views else (self.images, None)
+        images = (self.all_images if search.all_views else self.images)[: search.num_images]
+        labels = None
         if search.objective.needs_labels:
             labels = self.labels.repeat_interleave(self.num_views) if search.all_views else self.labels
-        images, labels = images[: search.num_images], None if labels is None else labels[: search.num_images]
+            labels = labels[: search.num_images]
         known = None
         networks = [side.network for side in (binding.student, binding.teacher) if side is not None]
         with binding.no_trace(search.identity), ExitStack() as modes:

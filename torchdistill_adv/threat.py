@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torchdistill_adv.checks import choice, number
+from torchdistill_adv.checks import choice, number, put
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.registry import check_options
 
@@ -63,31 +63,32 @@ class ThreatModel:
     bounds: str | tuple[float, float] = "image"
 
     def __post_init__(self) -> None:
-        def put(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
-        put("eps", number(self.eps, "eps", minimum=0))
-        put("norm", choice(self.norm, "norm", ("linf", "l2")))
-        put("space", choice(self.space, "space", ("pixel", "input")))
+        put(
+            self,
+            eps=number(self.eps, "eps", minimum=0),
+            norm=choice(self.norm, "norm", ("linf", "l2")),
+            space=choice(self.space, "space", ("pixel", "input")),
+        )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None:
                 values = values.tolist() if hasattr(values, "tolist") else values
                 values = values if isinstance(values, Sequence) and not isinstance(values, str) else [values]
-                put(name, tuple(number(v, name, above=0 if name == "std" else None) for v in values))
+                above = 0 if name == "std" else None
+                put(self, **{name: tuple(number(v, name, above=above) for v in values)})
         if (self.mean is None) != (self.std is None):
             raise ConfigError("is missing; mean and std come together", "mean" if self.mean is None else "std")
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ConfigError(f"found {len(self.std)} values; mean has {len(self.mean)}", "std")
         if not isinstance(self.bounds, str):
             given: Any = self.bounds
-            put("bounds", given.tolist() if hasattr(given, "tolist") else given)
+            put(self, bounds=given.tolist() if hasattr(given, "tolist") else given)
             if not isinstance(self.bounds, Sequence) or len(self.bounds) != 2:
                 raise ConfigError(f"found {self.bounds!r}; write 'image', 'none' or [lower, upper]", "bounds")
             low, high = (number(v, "bounds") for v in self.bounds)
             if low >= high:
                 raise ConfigError(f"found {list(self.bounds)!r}; the lower bound must be below the upper one", "bounds")
-            put("bounds", (low, high))
+            put(self, bounds=(low, high))
         else:
             choice(self.bounds, "bounds", ("image", "none"))
         if self.mean is None and (self.space == "pixel" or self.bounds == "image"):

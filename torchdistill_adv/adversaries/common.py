@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,9 +55,3 @@ def input_gradient(objective: RowObjective, rows: Tensor, index: Tensor, chunk_s
             leaf = some.detach().requires_grad_()
             gradients.append(torch.autograd.grad(objective(leaf, which).sum(), leaf)[0])
     return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-
-
-def put(self: Any, **values: Any) -> None:
-    """Set checked values on a frozen dataclass in ``__post_init__``."""
-    for name, value in values.items():
-        object.__setattr__(self, name, value)

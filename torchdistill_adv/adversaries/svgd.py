@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdistill_adv.adversaries.common import Examples, RowObjective, input_gradient, put
-from torchdistill_adv.checks import choice, flag, integer, number, optional_integer
+from torchdistill_adv.adversaries.common import Examples, RowObjective, input_gradient
+from torchdistill_adv.checks import choice, flag, integer, number, optional_integer, put
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.registry import register_adversary
 from torchdistill_adv.threat import Norm, ThreatModel

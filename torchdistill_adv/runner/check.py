@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torchdistill.optim.registry import OPTIM_DICT, SCHEDULER_DICT
 
 from torchdistill_adv.errors import ConfigError, inside, nearest
 from torchdistill_adv.losses.base import AdversarialTerm
+from torchdistill_adv.registry import check_options
 
 Block = Mapping[str, Any]
 
@@ -140,7 +140,7 @@ def positive_integer(block: Block, key: str) -> int:
     return value
 
 
-def check_options(function: Callable[..., Any], options: Any, owner: str, given: int = 0) -> None:
+def check_kwargs(function: Callable[..., Any], options: Any, owner: str, given: int = 0) -> None:
     """Refuse options that ``function`` does not take, lacks, or would get as text instead of a number.
 
     The first ``given`` parameters of ``function`` are not options.
@@ -148,16 +148,9 @@ def check_options(function: Callable[..., Any], options: Any, owner: str, given:
     with inside("kwargs"):
         if not isinstance(options, Mapping):
             raise ConfigError(f"found {options!r}; write a mapping of options, {{}} for none")
-        parameters = list(inspect.signature(function).parameters.values())[given:]
-        named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        check_options(function, options, owner, skip=given)
         for name, value in options.items():
-            if name not in named and not takes_any:
-                raise ConfigError(f"{owner} has no such option; {nearest(name, named)}", str(name))
             check_no_text(value, str(name))
-        for name, parameter in named.items():
-            if parameter.default is parameter.empty and name not in options:
-                raise ConfigError(f"is missing; {owner} has no default for it", name)
 
 
 def check_no_text(value: Any, key: str) -> None:
@@ -191,7 +184,7 @@ def check_model(block: Block) -> None:
             f"{nearest(key, {*MODEL_DICT, *close})}",
             "key",
         )
-    check_options(MODEL_DICT[key], kwargs or {}, str(key))
+    check_kwargs(MODEL_DICT[key], kwargs or {}, str(key))
 
 
 def check_destination(student: Block) -> None:
@@ -301,7 +294,7 @@ def check_stepper(stage: Block, name: str, registry: Mapping[str, Any], kind: ty
     # torchdistill collects every class of PyTorch's modules
     usable = {key: entry for key, entry in registry.items() if not isinstance(entry, type) or issubclass(entry, kind)}
     with inside(name):
-        check_options(known(block, "key", usable, name), block.get("kwargs"), block["key"], given=1)
+        check_kwargs(known(block, "key", usable, name), block.get("kwargs"), block["key"], given=1)
 
 
 def check_criterion(criterion: Block, has_teacher: bool) -> None:
@@ -360,7 +353,7 @@ def check_loss(make: Callable[..., Any], block: Block, has_teacher: bool, *given
         with inside("kwargs"):
             term.check_teacher(has_teacher)
     else:
-        check_options(make, options, block["key"], len(given))
+        check_kwargs(make, options, block["key"], len(given))
 
 
 def check_bound(stage: Block, binds_by_itself: bool) -> None:

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.guards import eval_mode
+from torchdistill_adv.inputs import check_logits
 from torchdistill_adv.runner.setup import to_device
 
 
@@ -42,12 +42,7 @@ def accuracy(
     num_classes = 0
     with eval_mode(model):
         for images, targets, *_ in loader:
-            logits = model(to_device(images, device))
-            if not isinstance(logits, Tensor) or logits.dim() != 2:
-                raise ConfigError(
-                    f"returns a {type(logits).__name__}; accuracy needs logits (N, num_classes)",
-                    f"models.{name}",
-                )
+            logits = check_logits(model(to_device(images, device)), f"models.{name}", "accuracy needs")
             num_classes = logits.shape[1]
             best = logits[:remaining].topk(min(5, num_classes)).indices
             hits = best == targets[:remaining].to(device)[:, None]

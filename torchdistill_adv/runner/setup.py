@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import traceback
 from collections.abc import Iterator, Mapping
@@ -30,8 +29,6 @@ from torchdistill_adv.binding import BINDING, bind
 from torchdistill_adv.boxes import Box, sides, stage_path
 from torchdistill_adv.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Place:
@@ -51,7 +48,7 @@ class Place:
 
 
 def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The configuration of a YAML file, its dependencies imported.
+    """The configuration of a YAML file, with the objects that its tags name.
 
     Raises:
         ConfigError: no such file, a YAML error, or an object of the YAML that cannot be made.
