@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CE, KD, bound, images, network, on_adversarial, term, tiny_box
+from tiny import CE, KD, bound, images, matching, network, on_adversarial, term, tiny_box
 from torch.nn import functional as F
 
 from torchdistill_adv.errors import ConfigError
@@ -21,18 +21,6 @@ AT = {
                 }
             },
             "mode": "code",
-        },
-    },
-    "weight": 1.0,
-}
-
-FEATURE_MSE = {
-    "criterion": {"key": "MSELoss", "kwargs": {"reduction": "sum"}},
-    "criterion_wrapper": {
-        "key": "SimpleLossWrapper",
-        "kwargs": {
-            "input": {"is_from_teacher": False, "module_path": "0", "io": "output"},
-            "target": {"is_from_teacher": True, "module_path": "0", "io": "output"},
         },
     },
     "weight": 1.0,
@@ -55,7 +43,7 @@ def test_features_are_those_of_the_chosen_side(searches, student_on, teacher_on)
     """Against features computed by hand, with every layer's hooks out of play."""
     sides = {"student_on": student_on, "teacher_on": teacher_on, "student_bn": "eval"}
     box = bound(
-        {"mse": on_adversarial(FEATURE_MSE, **sides), "at": on_adversarial(AT, **sides)},
+        {"mse": on_adversarial(matching("0", reduction="sum"), **sides), "at": on_adversarial(AT, **sides)},
         student=network(2, 8, False),
         hooks=HOOKS,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torchdistill.common.main_util import set_seed
 from torchdistill.common.yaml_util import load_yaml_file
@@ -314,6 +317,24 @@ def test_two_processes_write_once(here):
     # 359 test images: the one that fills up the share of the second process is not counted
     assert main(["evaluate", "--config", "config.yaml", "--seed", "1", "--device", "cpu"]) == 0
     assert metrics()[-1]["test"] == last["test"]
+
+
+@pytest.mark.parametrize("text", [PLAIN, STAGED])
+def test_nothing_uses_the_processes_when_they_part(here, monkeypatch, text):
+    """What still holds a process group while the interpreter ends may abort it."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    alive = []
+    destroy = dist.destroy_process_group
+
+    def spy():
+        alive.extend(o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel))
+        destroy()
+
+    monkeypatch.setattr(dist, "destroy_process_group", spy)
+    config = write(text)
+    assert run(config, seed=1, device="cpu", dist_url=f"file://{here}/init")["epochs"]
+    assert not alive
 
 
 # what is refused

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, TensorDataset
 from torchdistill.core.distillation import get_distillation_box
+from torchdistill.core.interfaces.registry import register_forward_proc_func
 from torchdistill.core.training import get_training_box
 
 import torchdistill_adv  # noqa: F401
@@ -46,6 +47,14 @@ CE = {
     },
     "weight": 1.0,
 }
+
+
+def matching(module_path: str, **kwargs: Any) -> dict[str, Any]:
+    """Mean squared error between what student and teacher have at ``module_path``."""
+    sides = {"input": False, "target": True}
+    io = {name: {"is_from_teacher": t, "module_path": module_path, "io": "output"} for name, t in sides.items()}
+    wrapper = {"key": "SimpleLossWrapper", "kwargs": io}
+    return {"criterion": {"key": "MSELoss", "kwargs": kwargs}, "criterion_wrapper": wrapper, "weight": 1.0}
 
 
 def tald(weight: float = 0.01, **options: Any) -> dict[str, Any]:
@@ -138,6 +147,20 @@ def bound(sub_terms: dict[str, Any], **options: Any) -> Box:
     return box
 
 
+def with_side(
+    sub_terms: dict[str, Any], networks: tuple[nn.Module, nn.Module] | None = None, **sides: dict[str, Any]
+) -> Box:
+    """A tiny distillation box with other settings of its sides, whose first epoch has begun."""
+    data = tiny_box({"kd": KD}).dataset_dict
+    config = train_config(sub_terms)
+    for side, changes in sides.items():
+        config[side] |= changes
+    networks = networks or (network(1), network(2))
+    box = get_distillation_box(*networks, data, config, torch.device("cpu"), None, False, 1)
+    box.pre_epoch_process(epoch=0)
+    return box
+
+
 def term(box: Box, name: str) -> Any:
     return box.criterion.term_dict[name][0]
 
@@ -147,3 +170,9 @@ def step(box: Box, x: Tensor, y: Any, supp_dict: Any = None) -> Tensor:
     loss = box.forward_process(x, y, supp_dict)
     box.post_forward_process(loss=loss)
     return loss.detach()
+
+
+@register_forward_proc_func
+def probabilities_for_test(model: nn.Module, sample_batch: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A user's forward process whose result has the shape of logits."""
+    return model(sample_batch).softmax(1)

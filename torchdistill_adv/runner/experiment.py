@@ -121,6 +121,7 @@ def run(
                     options=options,
                     write=write,
                 )
+            del box
         load_weights(student, dst_ckpt, f"models.{name}.dst_ckpt")
         with _cudnn(False, True):
             test = _test({"teacher": None if student_only else teacher, "student": student}, loaded, where)

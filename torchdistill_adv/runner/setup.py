@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
 from collections.abc import Iterator, Mapping
@@ -145,6 +146,8 @@ def place(device_name: str | None, world_size: int = 1, dist_url: str = "env://"
     try:
         yield Place(device, [device.index] if on_gpu else None, True, world_size)
     finally:
+        # a box is in reference cycles, and its DistributedDataParallel must not outlive the processes' group
+        gc.collect()
         dist.destroy_process_group()
 
 
