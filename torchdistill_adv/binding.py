@@ -7,6 +7,7 @@ everything of the step when that ends.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from torchdistill.core.interfaces.registry import register_pre_epoch_proc_func
 from torchdistill.core.training import TrainingBox
 from torchdistill.losses.mid_level import SimpleLossWrapper
 
-from torchdistill_adv.boxes import Box, IODict, sides, stage_path
+from torchdistill_adv.boxes import Box, IODict, sides, stage_epochs, stage_path
 from torchdistill_adv.errors import ConfigError, NonFiniteError, inside
 from torchdistill_adv.guards import own_random_stream, restored_hooks
 from torchdistill_adv.losses.base import AdversarialTerm, Cost, Search
@@ -82,6 +83,7 @@ class Binding:
         self.device = box.device
         self.epoch = 0
         self.step_number = 0
+        self.epochs = range(0)
         self.seed = torch.initial_seed()
         self.step: Step | None = None
         self.num_classes = 0
@@ -125,28 +127,37 @@ class Binding:
                         "teacher_mode",
                     )
 
+    def begin_epoch(self, box: Box, epoch: int) -> None:
+        """Count from the first step of ``epoch``, which counts over all stages."""
+        self.epoch, self.step_number = epoch, 0
+        self.epochs = stage_epochs(box)
+        if self.epochs:
+            for term in self.evaluated:
+                with inside(term.path):
+                    term.check_epochs(len(self.epochs))
+        self.set_teacher_mode()
+
     def log(self, box: Box) -> None:
         """Say what was bound, what a step costs, and the radius in pixels."""
         images = getattr(box.train_data_loader, "batch_size", None) or 1
-        total, searches = Cost(), set()
+        views = self.student.num_views
+        passes: dict[object, Cost] = {}
         for term in self.terms:
             if not term.evaluated:
                 logger.info("%s: %s has weight 0 and is not evaluated", term.path, type(term).__name__)
                 continue
-            search = term.search
-            logger.info(
-                "%s: bound %s, student_bn=%s; search: %s on %s; %s",
-                *(term.path, type(term).__name__, term.student_bn, search.adversary, search.objective.key),
-                search.threat.describe(),
-            )
-            seen = images * self.student.num_views if search.all_views else images
-            total = total.plus(term.outer_cost(seen))
-            if search not in searches:
-                total = total.plus(search.cost(seen))
-            searches.add(search)
+            for search in term.searches:
+                logger.info(
+                    "%s: bound %s, student_bn=%s; search: %s on %s; %s",
+                    *(term.path, type(term).__name__, term.student_bn, search.adversary, search.objective.key),
+                    search.threat.describe(),
+                )
+                passes[search] = search.cost(images, views)
+            passes |= term.outer_cost(images, views)
+        total = functools.reduce(Cost.plus, passes.values(), Cost())
         if self.teacher is None:
             total = total._replace(teacher_forward=0, teacher_backward=0)
-        if searches:
+        if passes:
             logger.info("adversarial cost of a step, in passes of a batch of %d: %s", images, total.describe(images))
 
     def set_teacher_mode(self) -> None:
@@ -259,9 +270,7 @@ def bind(box: Box, epoch: int | None = None) -> Binding | None:
         binding.read_weights(box)
         if epoch is None:
             epoch = binding.epoch + 1
-    binding.epoch = epoch or 0
-    binding.step_number = 0
-    binding.set_teacher_mode()
+    binding.begin_epoch(box, epoch or 0)
     return binding
 
 

@@ -102,3 +102,11 @@ def stage_path(box: Box) -> str:
     """YAML path of the stage that ``box`` is in."""
     staged = isinstance(box, (MultiStagesDistillationBox, MultiStagesTrainingBox))
     return f"train.stage{getattr(box, 'stage_number', 1)}" if staged else "train"
+
+
+def stage_epochs(box: Box) -> range:
+    """The epochs of the stage that ``box`` is in, counted over all stages; none while a box is being built."""
+    if not hasattr(box, "stage_end_epoch"):
+        return range(getattr(box, "num_epochs", 0))
+    length = box.train_config[stage_path(box).removeprefix("train.")]["num_epochs"]
+    return range(box.stage_end_epoch - length, box.stage_end_epoch)

@@ -13,7 +13,9 @@ from typing import Any
 from torchdistill_adv.errors import ConfigError, nearest
 
 
-def number(value: Any, name: str, *, minimum: float | None = None, above: float | None = None) -> float:
+def number(
+    value: Any, name: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
+) -> float:
     """A finite float from a number, ``'1e-3'`` or a fraction such as ``'8/255'``.
 
     Args:
@@ -21,11 +23,13 @@ def number(value: Any, name: str, *, minimum: float | None = None, above: float 
         name: the option, for the error.
         minimum: smallest value allowed.
         above: the value must be greater than this.
+        maximum: largest value allowed.
 
     Raises:
         ConfigError: ``value`` is no finite number, or out of range.
     """
     bound = f" >= {minimum:g}" if minimum is not None else f" > {above:g}" if above is not None else ""
+    bound += f" and <= {maximum:g}" if maximum is not None else ""
     wanted = f"write a number{bound}, such as 0.1, '1e-3' or '8/255'"
     try:
         if isinstance(value, bool) or not isinstance(value, (Real, str)):
@@ -39,7 +43,8 @@ def number(value: Any, name: str, *, minimum: float | None = None, above: float 
             raise ValueError
     except (TypeError, ValueError, ZeroDivisionError):
         raise ConfigError(f"found {value!r}; {wanted}", name) from None
-    if (minimum is not None and result < minimum) or (above is not None and result <= above):
+    too_small = (minimum is not None and result < minimum) or (above is not None and result <= above)
+    if too_small or (maximum is not None and result > maximum):
         raise ConfigError(f"found {value!r}; {wanted}", name)
     return result
 

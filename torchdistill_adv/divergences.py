@@ -15,10 +15,13 @@ def wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    r""":math:`KL(P \| Q) = \sum_c p_c (\log p_c - \log q_c)`; gradients flow through both arguments."""
-    log_p, log_q = F.log_softmax(wide(p_logits), 1), F.log_softmax(wide(q_logits), 1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r""":math:`\tau^2\, KL(P \| Q) = \tau^2 \sum_c p_c (\log p_c - \log q_c)`, of logits divided by the temperature.
+
+    Gradients flow through both arguments.
+    """
+    log_p, log_q = (F.log_softmax(wide(logits) / temperature, 1) for logits in (p_logits, q_logits))
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def softmax_mse(p_logits: Tensor, q_logits: Tensor) -> Tensor:
@@ -27,5 +30,16 @@ def softmax_mse(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    r""":math:`-\log p_y`."""
+    r""":math:`-\log p_y`, or :math:`-\sum_c q_c \log p_c` where ``labels`` are probabilities q (R, C)."""
     return F.cross_entropy(wide(logits), labels, reduction="none")
+
+
+def probability_of(labels: Tensor, logits: Tensor) -> Tensor:
+    """:math:`p_y`, the probability of each row's label, (R,)."""
+    return F.softmax(wide(logits), 1).gather(1, labels[:, None])[:, 0]
+
+
+def mixed_target(labels: Tensor, teacher_logits: Tensor, teacher_share: float | Tensor) -> Tensor:
+    r""":math:`(1 - a)\, \mathrm{onehot}(y) + a\, p_T`, (R, C), for a share ``a`` of the teacher, one or (R, 1)."""
+    probabilities = F.softmax(wide(teacher_logits), 1)
+    return (1 - teacher_share) * F.one_hot(labels, probabilities.shape[1]) + teacher_share * probabilities

@@ -32,8 +32,8 @@ def check_batch(batch: Any, path: str) -> None:
     )
 
 
-def check_labels(labels: Any, count: int, num_classes: int, path: str) -> None:
-    """Class numbers (count,), each below ``num_classes``.
+def check_labels(labels: Any, count: int, num_classes: int, path: str, who: str) -> None:
+    """Class numbers (count,), each below ``num_classes``, which ``who`` needs.
 
     Raises:
         ConfigError: they are something else.
@@ -41,7 +41,7 @@ def check_labels(labels: Any, count: int, num_classes: int, path: str) -> None:
     expected = f"int64 class numbers of shape ({count},) from 0 to {num_classes - 1}"
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (count,):
         found = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ConfigError(f"found labels {found}; adversarial terms need {expected}", f"{path}.train_data_loader")
+        raise ConfigError(f"found labels {found}; {who} needs {expected}", f"{path}.train_data_loader")
     low, high = (int(v) for v in labels.aminmax())
     if low < 0 or high >= num_classes:
         raise ConfigError(
@@ -60,7 +60,8 @@ def check_networks(binding: Binding, images: Tensor) -> int:
     """
     for term in binding.evaluated:
         with inside(term.path), inside("threat"):
-            term.search.threat.check_inputs(images)
+            for search in term.searches:
+                search.threat.check_inputs(images)
     names = {"student": "student_model" if binding.teacher is not None else "model", "teacher": "teacher_model"}
     classes = {"student": _num_classes(binding, binding.student, images, names["student"])}
     if binding.teacher is not None and any(term.needs_teacher for term in binding.evaluated):

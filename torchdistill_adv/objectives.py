@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchdistill_adv.checks import choice, integer
-from torchdistill_adv.divergences import cross_entropy, kl_divergence, softmax_mse
+from torchdistill_adv.divergences import cross_entropy, kl_divergence, mixed_target, softmax_mse
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.registry import Registry, check_options, split_spec
@@ -206,6 +206,14 @@ def ce_student(view: View, target_class: str | int | None = None) -> BoundObject
 def ce_teacher(view: View, target_class: str | int | None = None) -> BoundObjective:
     """CE(T(x'), y). With ``target_class``, the class to descend toward."""
     return _cross_entropy(view, "teacher", target_class)
+
+
+@register_objective(attacks=("student",), clean=("teacher",), labels=True)
+def ce_student_mixed(view: View, teacher_share: float = 0.5) -> BoundObjective:
+    """CE(S(x'), (1 - a) onehot(y) + a p_T(x)), with ``teacher_share`` a in [0, 1] (AKD, our reading)."""
+    assert view.labels is not None, "binding refuses objectives that need labels where there are none"
+    target = mixed_target(view.labels, view.teacher_clean, teacher_share)
+    return lambda rows, index: cross_entropy(view.student(rows), target[index])
 
 
 @register_objective(attacks=("student",), clean=("teacher",))

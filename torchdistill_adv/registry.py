@@ -13,7 +13,7 @@ A new adversary or objective is one decorated definition::
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from torchdistill_adv.errors import ConfigError, inside, nearest
@@ -57,10 +57,12 @@ def split_spec(spec: Any, kind: str) -> tuple[str, dict[str, Any]]:
     return spec["key"], dict(kwargs)
 
 
-def check_options(function: Callable[..., Any], kwargs: Mapping[str, Any], owner: str, skip: int = 0) -> None:
+def check_options(
+    function: Callable[..., Any], kwargs: Mapping[str, Any], owner: str, skip: int = 0, also: Sequence[str] = ()
+) -> None:
     """Refuse a name that ``function`` does not take, and the lack of one that it must have.
 
-    The first ``skip`` parameters of ``function`` are not options.
+    The first ``skip`` parameters of ``function`` are not options; ``also`` are options that it does not take itself.
     """
     parameters = dict(list(inspect.signature(function).parameters.items())[skip:])
     kinds = {parameter.kind for parameter in parameters.values()}
@@ -68,7 +70,7 @@ def check_options(function: Callable[..., Any], kwargs: Mapping[str, Any], owner
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variable}
     for name in kwargs:
         if name not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise ConfigError(f"{owner} has no such option; {nearest(name, parameters)}", str(name))
+            raise ConfigError(f"{owner} has no such option; {nearest(name, [*parameters, *also])}", str(name))
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in kwargs:
             raise ConfigError(f"is missing; {owner} has no default for it", name)

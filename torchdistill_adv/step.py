@@ -13,10 +13,11 @@ from torchdistill.core.interfaces import forward_proc
 
 from torchdistill_adv.adversaries import Examples
 from torchdistill_adv.boxes import IODict, Side
-from torchdistill_adv.errors import ConfigError, NonFiniteError, inside
+from torchdistill_adv.errors import ConfigError, NonFiniteError, inside, nearest
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers
 from torchdistill_adv.inputs import check_batch, check_labels, check_logits, check_networks
 from torchdistill_adv.objectives import View
+from torchdistill_adv.sources import Chosen, Source
 
 if TYPE_CHECKING:
     from torchdistill_adv.binding import Binding
@@ -43,7 +44,9 @@ class Step:
         self.kwargs = kwargs
         self.student_io_dict: IODict = {}
         self.teacher_io_dict: IODict = {}
+        self._chosen: dict[Source, Chosen] = {}
         self._found: dict[Search, Examples] = {}
+        self._logits: dict[object, Tensor] = {}
         self._teacher_clean: Tensor | None = None
         self._records: dict[AdversarialTerm, dict[str, Tensor]] = {}
         views = max(side.num_views for side in (binding.student, binding.teacher) if side is not None)
@@ -53,12 +56,28 @@ class Step:
         self.images = self.all_images[:: self.num_views]
         if not binding.num_classes:
             binding.num_classes = check_networks(binding, self.all_images)
-        if any(term.needs_labels for term in binding.evaluated):
-            check_labels(targets, len(self.images), binding.num_classes, binding.stage)
+        for term in binding.evaluated:
+            if term.needs_labels:
+                check_labels(targets, len(self.images), binding.num_classes, binding.stage, term.path)
+                break
 
     @property
     def labels(self) -> Tensor:
         return self.targets
+
+    def classes(self, label_free: bool) -> Tensor:
+        """The labels, or the teacher's predictions in their place, (N,)."""
+        return self.teacher_clean().argmax(1) if label_free else self.labels
+
+    @property
+    def epoch(self) -> int:
+        """The epoch within the stage, from 0."""
+        return max(self.binding.epoch - self.binding.epochs.start, 0)
+
+    @property
+    def progress(self) -> float:
+        """The share of the stage's epochs that are over at the end of this one: 1 in the last."""
+        return (self.epoch + 1) / max(len(self.binding.epochs), self.epoch + 1)
 
     # networks
 
@@ -75,14 +94,41 @@ class Step:
             stack.enter_context(on_cloned_buffers(self.binding.student.outermost, self.binding.student.network))
         return stack
 
-    def teacher(self, rows: Tensor, chunk_size: int | None = None) -> Tensor:
-        """The teacher's logits on ``rows``, without a graph; ``chunk_size`` bounds how many it sees at once."""
+    def teacher(self, rows: Tensor, chunk_size: int | None = None, part: str = "") -> Tensor:
+        """The teacher's logits on ``rows``, without a graph; ``chunk_size`` bounds how many it sees at once.
+
+        Raises:
+            ConfigError: the teacher has no submodule ``part``, or that gives no logits.
+        """
         teacher = self.binding.teacher
         assert teacher is not None
+        try:
+            network = teacher.network.get_submodule(part)
+        except AttributeError as error:
+            parts = [name for name, _ in teacher.network.named_children()]
+            raise ConfigError(f"found {part!r}; the teacher has no such part. {nearest(part, parts)}") from error
         if teacher.in_train_mode:
             chunk_size = None  # rows of one batch see each other in train mode
         with torch.no_grad(), on_cloned_buffers(teacher.network, read_only_in_eval=True):
-            return torch.cat([teacher.network(some) for some in rows.split(chunk_size or len(rows))])
+            chunks = [network(some) for some in rows.split(chunk_size or len(rows))]
+        return torch.cat([check_logits(logits, part or "teacher") for logits in chunks])
+
+    def student_on(self, search: Search, student_bn: str) -> Tensor:
+        """The student's logits on the examples of ``search``, with a graph; one pass for all terms that ask for it."""
+        key = ("student", search, student_bn)
+        if key not in self._logits:
+            self._logits[key] = self.student(self.examples(search).rows, student_bn)
+        return self._logits[key]
+
+    def teacher_on(self, search: Search, part: str = "") -> Tensor:
+        """The teacher's logits on the examples of ``search``, without a graph; one pass for all terms.
+
+        ``part`` is the path of a submodule of the teacher that is a network of its own, such as a second teacher.
+        """
+        key = ("teacher", search, part)
+        if key not in self._logits:
+            self._logits[key] = self.teacher(self.examples(search).rows, search.chunk_size, part)
+        return self._logits[key]
 
     def student_clean(self) -> Tensor:
         """The student's logits on :attr:`images` from the host's own pass, (N, num_classes), with its graph.
@@ -128,32 +174,38 @@ class Step:
     def examples(self, search: Search) -> Examples:
         return self._found[search]
 
+    def choose(self, source: Source) -> Chosen:
+        """The images of ``source``, the same all through the step."""
+        if source not in self._chosen:
+            self._chosen[source] = source.choose(self)
+        return self._chosen[source]
+
     def search_all(self) -> None:
         """Run every search of the step, before the first outer pass can move what another one reads."""
         for term in self.binding.evaluated:
-            if term.search not in self._found:
-                with inside(term.path):
-                    self._found[term.search] = self._run(term.search, term)
+            for search in term.searches:
+                if search not in self._found:
+                    with inside(term.path):
+                        self._found[search] = self._run(search, term)
 
     def _run(self, search: Search, term: AdversarialTerm) -> Examples:
         binding = self.binding
-        images = (self.all_images if search.all_views else self.images)[: search.num_images]
-        labels = None
-        if search.objective.needs_labels:
-            labels = self.labels.repeat_interleave(self.num_views) if search.all_views else self.labels
-            labels = labels[: search.num_images]
-        known = None
-        networks = [side.network for side in (binding.student, binding.teacher) if side is not None]
+        student = binding.student.network
         with binding.no_trace(search.identity), ExitStack() as modes:
-            if "teacher" in search.objective.clean and not (search.all_views and self.num_views > 1):
-                known = self.teacher_clean()[: search.num_images]
-            if "student" in search.objective.needs:
-                modes.enter_context(eval_mode(binding.student.network))
+            images, which = self.choose(search.source)
+            if not len(images):
+                return Examples(images, torch.arange(0, device=images.device))
+            labels = search.source.classes(self) if search.objective.needs_labels else None
+            known = self.teacher_clean()[which] if "teacher" in search.objective.clean and which is not None else None
+            if "student" in search.objective.needs and search.student_bn == "eval":
+                modes.enter_context(eval_mode(student))
+            networks = [] if search.student_bn == "train" else [student]
+            networks += [] if binding.teacher is None else [binding.teacher.network]
             modes.enter_context(on_cloned_buffers(*networks, read_only_in_eval=True))
             view = View(
                 images,
                 labels,
-                binding.student.network,
+                student,
                 None if binding.teacher is None else binding.teacher.network,
                 binding.noise_for(search, images),
                 known,
@@ -194,13 +246,11 @@ class Step:
         self._records[term] = {name: value.detach() for name, value in values.items()}
 
     def statistics(self, term: AdversarialTerm) -> str:
-        values = {**self._records.get(term, {}), "displacement": self._displacement(term)}
-        return summary(values)
-
-    def _displacement(self, term: AdversarialTerm) -> Tensor:
-        examples = self._found[term.search]
-        images = self.all_images if term.search.all_views else self.images
-        return term.search.threat.distance(examples.rows, images[examples.index])
+        moved = []
+        for search in term.searches:
+            examples = self.examples(search)
+            moved.append(search.threat.distance(examples.rows, self.choose(search.source).images[examples.index]))
+        return summary({**self._records.get(term, {}), "displacement": torch.cat(moved)})
 
 
 def summary(values: Mapping[str, Tensor]) -> str:
@@ -209,4 +259,5 @@ def summary(values: Mapping[str, Tensor]) -> str:
     return ", ".join(
         f"{name} from {float(v.min()):.4g} to {float(v.max()):.4g} ({finite[name]:.0%} finite)"
         for name, v in values.items()
+        if v.numel()
     )

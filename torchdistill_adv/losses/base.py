@@ -1,19 +1,20 @@
-"""What every adversarial loss has in common: options resolved at binding, a search, and a cost."""
+"""What every adversarial loss has in common: options resolved at binding, searches, and a cost."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from torchdistill_adv.adversaries.common import Adversary
 from torchdistill_adv.boxes import IODict
-from torchdistill_adv.checks import choice, flag, integer
+from torchdistill_adv.checks import choice, flag
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.objectives import Objective
 from torchdistill_adv.registry import build_adversary, check_options
+from torchdistill_adv.sources import Images, Source
 from torchdistill_adv.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -22,12 +23,32 @@ if TYPE_CHECKING:
 
 STUDENT_BN = ("train", "batch", "eval")
 
+# what the robust-distillation papers share
+PGD_10 = {"key": "PGD", "kwargs": {"num_steps": 10, "step_size": "2/255", "start": "gaussian"}}
+LINF_8 = {"norm": "linf", "eps": "8/255", "space": "pixel"}
+
+# the options of every term; one without a default here or in the term's class must be in the YAML
+COMMON: Mapping[str, Any] = {
+    "adversary": None,
+    "threat": None,
+    "objective": None,
+    "student_bn": "train",
+    "search_bn": "eval",
+    "teacher_mode": "eval",
+    "share": True,
+}
+
 UNBOUND = (
     "is not bound to a box, so it cannot see the images and the networks. Write pre_epoch_process: "
     "'bind_adversarial_losses' into this training stage, or the dependency {name: 'torchdistill_adv.autobind'}. "
     "(Building a second box in one process resets the first one's pre_epoch_process: train the first one before. A "
     "high-level loss of your own must keep its terms in term_dict, or as submodules.)"
 )
+
+
+def with_options(block: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """A block ``{key: ..., kwargs: {...}}`` with other options."""
+    return {**block, "kwargs": {**block["kwargs"], **options}}
 
 
 class Cost(NamedTuple):
@@ -55,17 +76,26 @@ class Search:
         adversary: how to search.
         threat: within which bounds.
         objective: for what.
-        num_images: only the first so many images of the batch; None is all.
-        all_views: search on every view of a multi-view batch (SSKD's rotations), not on the labelled one alone.
+        source: from which images.
+        student_bn: the student's normalisation during the search, as ``search_bn`` of a term.
         owner: path of the term that keeps its search to itself, or empty.
     """
 
     adversary: Adversary
     threat: ThreatModel
     objective: Objective
-    num_images: int | None = None
-    all_views: bool = False
+    source: Source = dataclasses.field(default_factory=Images)
+    student_bn: str = "eval"
     owner: str = ""
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.objective.needs_labels and not self.source.label_free
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Every network that it calls."""
+        return self.objective.needs | (frozenset({"teacher"}) if self.source.label_free else frozenset())
 
     @property
     def chunk_size(self) -> int | None:
@@ -80,27 +110,55 @@ class Search:
             adversary = type(adversary).__qualname__
         elif self.chunk_size is not None:
             adversary = dataclasses.replace(adversary, chunk_size=None)  # type: ignore[type-var]
-        return repr((adversary, self.threat, self.objective, self.num_images, self.all_views, self.owner))
+        return repr((adversary, self.threat, self.objective, self.source, self.student_bn, self.owner))
 
-    def cost(self, images: int) -> Cost:
+    def num_rows(self, images: int, num_views: int = 1) -> int:
+        """Examples for a batch of ``images``."""
+        return self.source.size(images, num_views) * self.adversary.num_rows
+
+    def cost(self, images: int, num_views: int = 1) -> Cost:
         """Cost for a batch of ``images``; the teacher's clean logits come from the host's own pass."""
-        images = images if self.num_images is None else min(self.num_images, images)
-        rows = images * self.adversary.num_rows * self.adversary.num_gradients
+        rows = self.num_rows(images, num_views) * self.adversary.num_gradients
         teacher, student = (rows if who in self.objective.entry.attacks else 0 for who in ("teacher", "student"))
-        return Cost(teacher, teacher, student + (images if "student" in self.objective.clean else 0), student)
+        clean = self.source.size(images, num_views) if "student" in self.objective.clean else 0
+        return Cost(teacher, teacher, student + clean, student)
 
 
 class AdversarialTerm(nn.Module):
     """Base of the losses that see adversarial examples.
 
-    A subclass writes ``configure``, whose parameters are the YAML options and which sets :attr:`search`; :meth:`loss`;
-    and :meth:`outer_cost`.
+    A subclass writes ``configure``, whose parameters are its own YAML options, and :meth:`loss`; it overrides
+    :meth:`plan` where one search of the batch's images is not what it wants, and :meth:`outer_cost` where its passes
+    are not one of the student on the examples, and one of the teacher if ``teacher_sees_examples``.
     Options are only stored when torchdistill builds the loss, and checked at binding, which knows the YAML path.
+
+    Every term has these options too, with ``defaults`` of its class.
+
+    Args:
+        adversary: block of the search.
+        threat: block of the threat model, :class:`~torchdistill_adv.threat.ThreatModel`; mean and std are those of the
+            data's Normalize, ``[0]`` and ``[1]`` without one.
+        objective: what the search maximises.
+        student_bn: the student's normalisation when it is trained on the examples. ``train`` normalises them by their
+            own statistics and moves the running ones; ``batch`` leaves the running ones alone; ``eval`` puts the
+            student in eval mode, which uses the running ones and turns dropout off.
+        search_bn: the same during the search: ``eval``, or ``batch`` or ``train`` for a student in train mode.
+        teacher_mode: ``eval`` puts the teacher's network in eval mode; ``keep`` leaves it as torchdistill has it.
+        share: whether an equal search of another term is shared.
     """
 
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    teacher_sees_examples: ClassVar[bool] = False
     configure: Callable[..., None]
-    search: Search
-    teacher_mode = "eval"
+
+    adversary: Any
+    threat: ThreatModel
+    objective: Objective
+    student_bn: str
+    search_bn: str
+    teacher_mode: str = "eval"
+    share: bool
+    searches: tuple[Search, ...]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -110,27 +168,40 @@ class AdversarialTerm(nn.Module):
         self.evaluated = True
 
     @property
+    def search(self) -> Search:
+        """The only search, or the first one."""
+        return self.searches[0]
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the teacher's logits are used."""
-        return "teacher" in self.search.objective.needs
+        return any("teacher" in search.needs for search in self.searches)
 
     @property
     def needs_labels(self) -> bool:
         """Whether class labels are used."""
-        return self.search.objective.needs_labels
+        return any(search.needs_labels for search in self.searches)
 
     @property
     def compares_predictions(self) -> bool:
         """Whether teacher and student must have the same classes."""
-        return len(self.search.objective.needs) == 2
+        return self.needs_teacher and any("student" in search.needs for search in self.searches)
+
+    def plan(self) -> tuple[Search, ...]:
+        """The searches of this term."""
+        return (self.make_search(),)
 
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         """The term's value, a scalar with a graph to the student."""
         raise NotImplementedError
 
-    def outer_cost(self, images: int) -> Cost:
-        """Passes beyond the search, for a batch of ``images``."""
-        raise NotImplementedError
+    def outer_cost(self, images: int, num_views: int = 1) -> dict[object, Cost]:
+        """Passes beyond the searches, for a batch of ``images``; what has the same key in two terms is one pass."""
+        rows = self.search.num_rows(images, num_views)
+        passes: dict[object, Cost] = {("student", self.search, self.student_bn): Cost(0, 0, rows, rows)}
+        if self.teacher_sees_examples:
+            passes["teacher", self.search] = Cost(rows)
+        return passes
 
     def resolve(self, path: str) -> None:
         """Check and apply the options.
@@ -139,9 +210,25 @@ class AdversarialTerm(nn.Module):
             ConfigError: with the YAML path of what is wrong.
         """
         self.path = path
+        own = {name: value for name, value in self.options.items() if name not in COMMON}
+        common = {name: self.options.get(name, self.defaults.get(name, default)) for name, default in COMMON.items()}
         with inside(path):
-            check_options(self.configure, self.options, type(self).__name__)
-            self.configure(**self.options)
+            check_options(self.configure, own, type(self).__name__, also=list(COMMON))
+            for name, value in common.items():
+                if value is None:
+                    raise ConfigError(f"is missing; {type(self).__name__} has no default for it", name)
+            with inside("adversary"):
+                self.adversary = build_adversary(common["adversary"])
+            with inside("threat"):
+                self.threat = ThreatModel.build(common["threat"])
+            with inside("objective"):
+                self.objective = Objective.build(common["objective"])
+            self.student_bn = choice(common["student_bn"], "student_bn", STUDENT_BN)
+            self.search_bn = choice(common["search_bn"], "search_bn", STUDENT_BN)
+            self.teacher_mode = choice(common["teacher_mode"], "teacher_mode", ("eval", "keep"))
+            self.share = flag(common["share"], "share")
+            self.configure(**own)
+            self.searches = self.plan()
 
     def check_teacher(self, has_teacher: bool) -> None:
         """Refuse training without a teacher where one is needed.
@@ -151,57 +238,55 @@ class AdversarialTerm(nn.Module):
         """
         if has_teacher:
             return
-        if "teacher" in self.search.objective.needs:
-            raise ConfigError(
-                f"found '{self.search.objective.key}', which needs a teacher, in training without one; add "
-                "models.teacher_model, or choose an objective of the student alone, such as 'ce_student'",
-                "objective",
-            )
+        for search in self.searches:
+            if "teacher" in search.objective.needs:
+                raise ConfigError(
+                    f"found '{search.objective.key}', which needs a teacher, in training without one; add "
+                    "models.teacher_model, or choose an objective of the student alone, such as 'ce_student'",
+                    "objective",
+                )
         if self.needs_teacher:
             raise ConfigError("needs a teacher, in training without one; add models.teacher_model")
 
+    def check_epochs(self, num_epochs: int) -> None:
+        """Refuse a schedule that does not fit into ``num_epochs``, those of the stage.
+
+        Raises:
+            ConfigError: below the term's own path.
+        """
+
     def make_search(
-        self,
-        adversary: Any,
-        threat: Any,
-        objective: Any,
-        num_images: int | None = None,
-        all_views: bool = False,
-        share: bool = True,
+        self, source: Source | None = None, adversary: Adversary | None = None, objective: Objective | None = None
     ) -> Search:
-        """The search of this term from its YAML blocks."""
-        with inside("adversary"):
-            built = build_adversary(adversary)
-        with inside("threat"):
-            threat = ThreatModel.build(threat)
-        with inside("objective"):
-            objective = Objective.build(objective)
-        if objective.is_targeted and not built.targeted:
+        """A search with the options of this term, but for what is given."""
+        objective, adversary = objective or self.objective, adversary or self.adversary
+        if objective.is_targeted and not adversary.targeted:
             raise ConfigError(
                 "found an adversary that ascends, with an objective that has a target_class; write targeted: true",
                 "adversary.kwargs.targeted",
             )
-        if built.targeted and not objective.is_targeted:
+        if adversary.targeted and not objective.is_targeted:
             raise ConfigError(
                 f"found a targeted adversary, with objective {objective.key} without a target class; write objective: "
                 "{key: 'ce_student', kwargs: {target_class: 'runner_up'}} or another one with a target_class",
                 "objective",
             )
-        if self.teacher_mode == "keep" and getattr(built, "chunk_size", None) is not None:
+        search = Search(
+            adversary, self.threat, objective, source or Images(), self.search_bn, "" if self.share else self.path
+        )
+        if search.chunk_size is not None and self.teacher_mode == "keep":
             raise ConfigError(
                 "splits batches that a teacher in train mode normalises as a whole; write teacher_mode: 'eval', or "
                 "leave it out",
                 "adversary.kwargs.chunk_size",
             )
-        owner = "" if flag(share, "share") else self.path
-        if num_images is not None:
-            num_images = integer(num_images, "num_attacked", minimum=1)
-        return Search(built, threat, objective, num_images, all_views, owner)
-
-    def set_modes(self, student_bn: str, teacher_mode: str) -> None:
-        """Check and keep the two mode options that all terms have."""
-        self.student_bn = choice(student_bn, "student_bn", STUDENT_BN)
-        self.teacher_mode = choice(teacher_mode, "teacher_mode", ("eval", "keep"))
+        if search.chunk_size is not None and self.search_bn != "eval":
+            raise ConfigError(
+                "splits batches that a student in train mode normalises as a whole; write search_bn: 'eval', or leave "
+                "it out",
+                "adversary.kwargs.chunk_size",
+            )
+        return search
 
     def forward(
         self, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any, *args: Any, **kwargs: Any

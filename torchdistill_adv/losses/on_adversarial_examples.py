@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from torchdistill.losses.registry import (
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import choice
 from torchdistill_adv.errors import ConfigError, inside, nearest
-from torchdistill_adv.losses.base import AdversarialTerm, Cost
+from torchdistill_adv.losses.base import AdversarialTerm, Cost, Search
 from torchdistill_adv.registry import split_spec
+from torchdistill_adv.sources import AllViews
 
 if TYPE_CHECKING:
     from torchdistill_adv.step import Step
@@ -38,17 +40,14 @@ class OnAdversarialExamples(AdversarialTerm):
     A low-level loss (``CrossEntropyLoss``, ``MSELoss``) needs torchdistill's ``SimpleLossWrapper``, which then stands
     inside this one: ``kwargs: {..., criterion_wrapper: {key: 'SimpleLossWrapper', kwargs: {...}}}``.
 
+    The options of every loss are those of :class:`~torchdistill_adv.losses.base.AdversarialTerm`; adversary, threat and
+    objective have no default.
+
     Args:
         mid_level_loss: the wrapped loss, given by torchdistill.
-        adversary: block of the search.
-        threat: block of the threat model.
-        objective: what the search maximises.
         student_on: ``adversarial`` or ``clean`` images for the student's side.
         teacher_on: ``adversarial`` or ``clean`` images for the teacher's side. Both clean is refused.
         criterion_wrapper: another loss wrapper, around the loss and inside this one.
-        student_bn: ``batch``, ``train`` or ``eval``: see :class:`~torchdistill_adv.losses.tald.TALDLoss`.
-        teacher_mode: ``eval`` or ``keep``.
-        share: whether an equal search of another term is shared.
 
     Raises:
         ConfigError: at binding, with the YAML path.
@@ -69,21 +68,14 @@ class OnAdversarialExamples(AdversarialTerm):
             weight: 1.0
     """
 
+    defaults: ClassVar[Mapping[str, Any]] = {"student_bn": "batch"}
+
     def __init__(self, mid_level_loss: nn.Module, **options: Any) -> None:
         super().__init__(**options)
         self.wrapped = mid_level_loss
 
     def configure(
-        self,
-        adversary: Any,
-        threat: Any,
-        objective: Any,
-        student_on: str = "adversarial",
-        teacher_on: str = "adversarial",
-        criterion_wrapper: Any = None,
-        student_bn: str = "batch",
-        teacher_mode: str = "eval",
-        share: bool = True,
+        self, student_on: str = "adversarial", teacher_on: str = "adversarial", criterion_wrapper: Any = None
     ) -> None:
         sides = ("clean", "adversarial")
         self.student_on = choice(student_on, "student_on", sides)
@@ -92,8 +84,6 @@ class OnAdversarialExamples(AdversarialTerm):
             raise ConfigError(
                 "found 'clean' on both sides; write 'adversarial' for one, or drop the wrapper", "student_on"
             )
-        self.set_modes(student_bn, teacher_mode)
-        self.search = self.make_search(adversary, threat, objective, all_views=True, share=share)
         if isinstance(self.wrapped, AdversarialTerm):
             raise ConfigError(f"stands around {type(self.wrapped).__name__}, which finds its own examples; drop it")
         self.criterion = self.wrapped if criterion_wrapper is None else self._wrap(criterion_wrapper)
@@ -114,6 +104,9 @@ class OnAdversarialExamples(AdversarialTerm):
             except (KeyError, TypeError) as error:
                 raise ConfigError(f"{key} cannot be built with these: {error!r}", "kwargs") from error
 
+    def plan(self) -> tuple[Search, ...]:
+        return (self.make_search(AllViews()),)
+
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         groups = step.examples(self.search).rows.split(len(step.all_images))
         values = []
@@ -125,7 +118,7 @@ class OnAdversarialExamples(AdversarialTerm):
             values.append(self.criterion(student_io_dict, teacher_io_dict, targets))
         return torch.stack(values).mean()
 
-    def outer_cost(self, images: int) -> Cost:
-        rows = images * self.search.adversary.num_rows
+    def outer_cost(self, images: int, num_views: int = 1) -> dict[object, Cost]:
+        rows = self.search.num_rows(images, num_views)
         student = rows if self.student_on == "adversarial" else 0
-        return Cost(rows if self.teacher_on == "adversarial" else 0, 0, student, student)
+        return {self.path: Cost(rows if self.teacher_on == "adversarial" else 0, 0, student, student)}

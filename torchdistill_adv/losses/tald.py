@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torchdistill.losses.registry import register_mid_level_loss
 
 from torchdistill_adv.boxes import IODict
-from torchdistill_adv.checks import choice, flag
+from torchdistill_adv.checks import choice, flag, optional_integer
 from torchdistill_adv.divergences import cross_entropy
-from torchdistill_adv.errors import ConfigError, inside
-from torchdistill_adv.losses.base import AdversarialTerm, Cost
+from torchdistill_adv.errors import ConfigError
+from torchdistill_adv.losses.base import AdversarialTerm, Cost, Search
+from torchdistill_adv.objectives import Objective
 from torchdistill_adv.objectives import target_class as check_target_class
-from torchdistill_adv.registry import build_adversary
+from torchdistill_adv.sources import Images
 
 if TYPE_CHECKING:
     from torchdistill_adv.step import Step
-
-PAPER_THREAT = {"norm": "l2", "eps": 0.3, "space": "input"}
 
 
 @register_mid_level_loss
@@ -53,21 +53,15 @@ class TALDLoss(AdversarialTerm):
     **Our reading**: the ball is l2 in model-input space (the paper does not name its norm; ``paper_linf`` is the other
     reading); examples stay in the range of real images; ``student_bn: 'batch'``.
 
+    The options of every loss are those of :class:`~torchdistill_adv.losses.base.AdversarialTerm`.
+
     Args:
-        adversary: block of the search; the default is SVGD with the paper's settings.
-        threat: block of the threat model; mean and std are needed for the range of real images.
-        objective: what the search maximises; default ``kl_teacher_clean_teacher``.
         target_class: particles that descend CE(T(x'), c) toward a class c instead (the paper's future work):
             ``runner_up`` (the teacher's second), ``random`` (any that the teacher does not predict) or a class number.
         num_attacked: only the first so many images of each batch; None is all.
         include_clean: whether the clean images of the batch are rows of the mean too.
         forward: ``separate`` passes the particles alone through the student; ``joint`` particles and clean images in
             one pass, so that batch normalisation mixes them.
-        student_bn: ``batch`` normalises the particles by their own statistics and leaves the running ones alone;
-            ``train`` moves the running statistics as well; ``eval`` puts the student in eval mode, which uses the
-            running ones and turns dropout off.
-        teacher_mode: ``eval`` puts the teacher's network in eval mode; ``keep`` leaves it as torchdistill has it.
-        share: whether an equal search of another term is shared.
 
     Raises:
         ConfigError: at binding, with the YAML path.
@@ -83,45 +77,45 @@ class TALDLoss(AdversarialTerm):
             weight: 0.01
     """
 
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "adversary": "SVGD",
+        "threat": {"norm": "l2", "eps": 0.3, "space": "input"},
+        "objective": "kl_teacher_clean_teacher",
+        "student_bn": "batch",
+    }
+    teacher_sees_examples = True
     needs_teacher = needs_labels = compares_predictions = True
 
     def configure(
         self,
-        adversary: Any = "SVGD",
-        threat: Any = PAPER_THREAT,
-        objective: Any = None,
         target_class: Any = None,
         num_attacked: int | None = None,
         include_clean: bool = False,
         forward: str = "separate",
-        student_bn: str = "batch",
-        teacher_mode: str = "eval",
-        share: bool = True,
     ) -> None:
+        self.num_attacked = optional_integer(num_attacked, "num_attacked", minimum=1)
         self.include_clean = flag(include_clean, "include_clean")
         self.joint = choice(forward, "forward", ("separate", "joint")) == "joint"
-        self.set_modes(student_bn, teacher_mode)
         if target_class is not None:
-            if objective is not None:
+            if "objective" in self.options:
                 raise ConfigError("found an objective beside target_class, which sets its own; drop one", "objective")
-            objective = {"key": "ce_teacher", "kwargs": {"target_class": check_target_class(target_class)}}
-            with inside("adversary"):
-                adversary = dataclasses.replace(build_adversary(adversary), targeted=True)
-        self.search = self.make_search(
-            adversary, threat, objective or "kl_teacher_clean_teacher", num_attacked, share=share
-        )
-        if "student" in self.search.objective.needs:
+            self.objective = Objective("ce_teacher", (("target_class", check_target_class(target_class)),))
+            self.adversary = dataclasses.replace(self.adversary, targeted=True)
+        if "student" in self.objective.needs:
             raise ConfigError("found one that attacks the student; TALD explores the teacher alone", "objective")
+
+    def plan(self) -> tuple[Search, ...]:
+        return (self.make_search(Images(self.num_attacked)),)
 
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         examples = step.examples(self.search)
         labels = step.labels[examples.index]
-        teacher_ce = cross_entropy(step.teacher(examples.rows, self.search.chunk_size), labels)
+        teacher_ce = cross_entropy(step.teacher_on(self.search), labels)
         if self.joint:
             logits = step.student(torch.cat([examples.rows, step.images]), self.student_bn)
             student_logits, clean_logits = logits[: len(labels)], logits[len(labels) :]
         else:
-            student_logits = step.student(examples.rows, self.student_bn)
+            student_logits = step.student_on(self.search, self.student_bn)
         student_ce = cross_entropy(student_logits, labels)
         step.record(self, teacher_ce=teacher_ce, student_ce=student_ce)
         if self.include_clean:
@@ -131,8 +125,8 @@ class TALDLoss(AdversarialTerm):
             student_ce = torch.cat([student_ce, cross_entropy(clean_logits, step.labels)])
         return (teacher_ce - student_ce).square().mean()
 
-    def outer_cost(self, images: int) -> Cost:
-        attacked = images if self.search.num_images is None else min(self.search.num_images, images)
-        rows = attacked * self.search.adversary.num_rows
-        student = rows + (images if self.joint else 0)
-        return Cost(rows, 0, student, student)
+    def outer_cost(self, images: int, num_views: int = 1) -> dict[object, Cost]:
+        if not self.joint:
+            return super().outer_cost(images, num_views)
+        rows = self.search.num_rows(images)
+        return {self.path: Cost(0, 0, rows + images, rows + images), ("teacher", self.search): Cost(rows)}
