@@ -14,9 +14,15 @@ from torchdistill_adv.errors import ConfigError, nearest
 
 
 def number(
-    value: Any, name: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
+    value: Any,
+    name: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    finite: bool = True,
 ) -> float:
-    """A finite float from a number, ``'1e-3'`` or a fraction such as ``'8/255'``.
+    """A float from a number, ``'1e-3'`` or a fraction such as ``'8/255'``.
 
     Args:
         value: what the YAML holds.
@@ -24,9 +30,10 @@ def number(
         minimum: smallest value allowed.
         above: the value must be greater than this.
         maximum: largest value allowed.
+        finite: refuse infinity too.
 
     Raises:
-        ConfigError: ``value`` is no finite number, or out of range.
+        ConfigError: ``value`` is no number, or out of range.
     """
     bound = f" >= {minimum:g}" if minimum is not None else f" > {above:g}" if above is not None else ""
     bound += f" and <= {maximum:g}" if maximum is not None else ""
@@ -39,7 +46,7 @@ def number(
             result = float(numerator) / float(denominator or 1)
         else:
             result = float(value)
-        if not math.isfinite(result):
+        if math.isnan(result) or (finite and math.isinf(result)):
             raise ValueError
     except (TypeError, ValueError, ZeroDivisionError):
         raise ConfigError(f"found {value!r}; {wanted}", name) from None

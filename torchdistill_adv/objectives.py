@@ -9,16 +9,17 @@ To add one, decorate a function with :func:`register_objective`; its further par
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torchdistill_adv.checks import choice, integer
-from torchdistill_adv.divergences import cross_entropy, kl_divergence, mixed_target, softmax_mse
+from torchdistill_adv.checks import choice, integer, number
+from torchdistill_adv.divergences import cross_entropy, kl_divergence, mixed_target, softmax_mse, wide
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.registry import Registry, check_options, split_spec
@@ -79,13 +80,19 @@ class Entry:
     attacks: tuple[Who, ...]
     clean: tuple[Who, ...]
     labels: bool
+    options: Mapping[str, Callable[[Any], Any]]
 
 
 OBJECTIVES: Registry[Entry] = Registry("objective")
 
 
 def register_objective(
-    *, attacks: tuple[Who, ...], clean: tuple[Who, ...] = (), labels: bool = False, key: str | None = None
+    *,
+    attacks: tuple[Who, ...],
+    clean: tuple[Who, ...] = (),
+    labels: bool = False,
+    options: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
+    key: str | None = None,
 ) -> Callable[[Callable[..., BoundObjective]], Callable[..., BoundObjective]]:
     """Register an objective.
 
@@ -93,6 +100,7 @@ def register_objective(
         attacks: networks that see the candidate rows, and that the gradient flows through.
         clean: networks whose clean logits are needed.
         labels: whether class labels are needed.
+        options: for YAML options that need it, a check that returns the value, or raises a ConfigError.
         key: YAML key, the function's name unless given.
 
     Raises:
@@ -100,7 +108,7 @@ def register_objective(
     """
 
     def register(function: Callable[..., BoundObjective]) -> Callable[..., BoundObjective]:
-        OBJECTIVES.add(key or function.__name__, Entry(function, attacks, clean, labels))
+        OBJECTIVES.add(key or function.__name__, Entry(function, attacks, clean, labels, options))
         return function
 
     return register
@@ -126,8 +134,7 @@ class Objective:
         entry = OBJECTIVES[key]
         with inside("kwargs"):
             check_options(entry.function, kwargs, f"objective {key}", skip=1)
-            if kwargs.get("target_class") is not None:
-                kwargs["target_class"] = target_class(kwargs["target_class"])
+            kwargs = {name: entry.options.get(name, lambda v: v)(value) for name, value in kwargs.items()}
         options = ((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(kwargs.items()))
         return cls(key, tuple(options))
 
@@ -159,8 +166,10 @@ class Objective:
         return self.entry.function(view, **dict(self.options))
 
 
-def target_class(value: Any) -> str | int:
-    """A chosen class: ``runner_up``, ``random`` or a class number."""
+def target_class(value: Any) -> str | int | None:
+    """A chosen class: ``runner_up``, ``random`` or a class number; None for the labels."""
+    if value is None:
+        return None
     if isinstance(value, str) and not value.isdigit():
         return choice(value, "target_class", ("runner_up", "random"))
     return integer(value, "target_class", minimum=0)
@@ -196,19 +205,24 @@ def _cross_entropy(view: View, who: Who, chosen: str | int | None) -> BoundObjec
     return objective
 
 
-@register_objective(attacks=("student",), labels=True)
+@register_objective(attacks=("student",), labels=True, options={"target_class": target_class})
 def ce_student(view: View, target_class: str | int | None = None) -> BoundObjective:
     """CE(S(x'), y): what PGD-AT and ARD attack. With ``target_class``, the class to descend toward."""
     return _cross_entropy(view, "student", target_class)
 
 
-@register_objective(attacks=("teacher",), labels=True)
+@register_objective(attacks=("teacher",), labels=True, options={"target_class": target_class})
 def ce_teacher(view: View, target_class: str | int | None = None) -> BoundObjective:
     """CE(T(x'), y). With ``target_class``, the class to descend toward."""
     return _cross_entropy(view, "teacher", target_class)
 
 
-@register_objective(attacks=("student",), clean=("teacher",), labels=True)
+@register_objective(
+    attacks=("student",),
+    clean=("teacher",),
+    labels=True,
+    options={"teacher_share": partial(number, name="teacher_share", minimum=0, maximum=1)},
+)
 def ce_student_mixed(view: View, teacher_share: float = 0.5) -> BoundObjective:
     """CE(S(x'), (1 - a) onehot(y) + a p_T(x)), with ``teacher_share`` a in [0, 1] (AKD, our reading)."""
     assert view.labels is not None, "binding refuses objectives that need labels where there are none"
@@ -235,6 +249,34 @@ def kl_teacher_student(view: View) -> BoundObjective:
     """KL(T(x') || S(x')), with the gradient through both networks (AdaAD)."""
     teacher = view.network("teacher")
     return lambda rows, index: kl_divergence(teacher(rows), view.student(rows))
+
+
+@register_objective(
+    attacks=("teacher",),
+    clean=("teacher",),
+    options={"toward": partial(choice, name="toward", known=("sampled", "runner_up"))},
+)
+def gap_teacher(view: View, toward: str = "sampled") -> BoundObjective:
+    """z_k(x') - z_b(x'), the teacher's logit of a class k less that of the class b it predicts for x (BSS).
+
+    The value is 0, without a gradient, once b is no longer predicted. ``toward`` chooses k among the other classes:
+    ``sampled`` by the teacher's probabilities for x, or its ``runner_up``.
+    """
+    base = view.teacher_clean.argmax(1)
+    others = wide(view.teacher_clean).scatter(1, base[:, None], -torch.inf)
+    target = others.argmax(1)
+    if toward == "sampled":
+        cumulated = others.softmax(1).cumsum(1)
+        drawn = (view.noise.uniform((len(base), 1)) + 1) / 2 * cumulated[:, -1:]
+        target = (cumulated > drawn).int().argmax(1)
+    teacher = view.network("teacher")
+
+    def objective(rows: Tensor, index: Tensor) -> Tensor:
+        logits = teacher(rows)
+        gap = logits.gather(1, target[index, None]) - logits.gather(1, base[index, None])
+        return torch.where(logits.argmax(1) == base[index], gap[:, 0], 0)
+
+    return objective
 
 
 @register_objective(attacks=("teacher",), clean=("teacher",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -115,19 +115,20 @@ class Step:
 
     def student_on(self, search: Search, student_bn: str) -> Tensor:
         """The student's logits on the examples of ``search``, with a graph; one pass for all terms that ask for it."""
-        key = ("student", search, student_bn)
-        if key not in self._logits:
-            self._logits[key] = self.student(self.examples(search).rows, student_bn)
-        return self._logits[key]
+        return self.once(("student", search, student_bn), lambda: self.student(self.examples(search).rows, student_bn))
 
     def teacher_on(self, search: Search, part: str = "") -> Tensor:
         """The teacher's logits on the examples of ``search``, without a graph; one pass for all terms.
 
         ``part`` is the path of a submodule of the teacher that is a network of its own, such as a second teacher.
         """
-        key = ("teacher", search, part)
+        rows = self.examples(search).rows
+        return self.once(("teacher", search, part), lambda: self.teacher(rows, search.chunk_size, part))
+
+    def once(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
+        """What ``compute`` gives, computed once a step for each ``key``."""
         if key not in self._logits:
-            self._logits[key] = self.teacher(self.examples(search).rows, search.chunk_size, part)
+            self._logits[key] = compute()
         return self._logits[key]
 
     def student_clean(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,7 +38,7 @@ class ThreatModel:
     Every tensor is a batch in *model-input* space: what the network is given, normalised or not.
 
     Args:
-        eps: radius, in the units of ``space``.
+        eps: radius, in the units of ``space``; ``.inf`` leaves the valid range as the only bound.
         norm: ``linf`` or ``l2``.
         space: ``pixel`` measures radius, step sizes and bounds in pixels of [0, 1], whatever normalisation the data
             have; ``input`` measures them on the tensor that the network is given.
@@ -65,7 +66,7 @@ class ThreatModel:
     def __post_init__(self) -> None:
         put(
             self,
-            eps=number(self.eps, "eps", minimum=0),
+            eps=number(self.eps, "eps", minimum=0, finite=False),
             norm=choice(self.norm, "norm", ("linf", "l2")),
             space=choice(self.space, "space", ("pixel", "input")),
         )
@@ -178,7 +179,13 @@ class ThreatModel:
         return rows + displacement / self._scale(rows)
 
     def random_start(self, x: Tensor, uniform: Tensor, factor: float = 1.0) -> Tensor:
-        r"""``project(x + factor * U(-eps, eps))``, with ``uniform`` in [-1, 1) of the shape of ``x``."""
+        r"""``project(x + factor * U(-eps, eps))``, with ``uniform`` in [-1, 1) of the shape of ``x``.
+
+        Raises:
+            ConfigError: the radius is infinite.
+        """
+        if math.isinf(self.eps):
+            raise ConfigError("found an infinite radius, in which no start can be drawn; write a finite one", "eps")
         return self.project(self.shift(x, uniform * (factor * self.eps)), x)
 
     def check_inputs(self, x: Tensor) -> None:
@@ -204,6 +211,8 @@ class ThreatModel:
 
     def describe(self) -> str:
         """One line for logs, with the radius in pixel units."""
+        if math.isinf(self.eps):
+            return f"{self.norm} without a radius"
         own = f"{self.norm} eps={self.eps:.4g} in {self.space} space"
         if self.std is None:
             return f"{own} (pixel units unknown without mean and std)"

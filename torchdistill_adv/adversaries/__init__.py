@@ -10,9 +10,10 @@ An adversary is a frozen dataclass, so equal settings are equal objects, with
 It knows no model, no label and no torchdistill.
 """
 
+from torchdistill_adv.adversaries.bss import BSS
 from torchdistill_adv.adversaries.common import Examples, input_gradient
 from torchdistill_adv.adversaries.pgd import FGSM, PGD
 from torchdistill_adv.adversaries.svgd import SVGD
 from torchdistill_adv.adversaries.virtual_svgd import VirtualSVGD
 
-__all__ = ["FGSM", "PGD", "SVGD", "Examples", "VirtualSVGD", "input_gradient"]
+__all__ = ["BSS", "FGSM", "PGD", "SVGD", "Examples", "VirtualSVGD", "input_gradient"]

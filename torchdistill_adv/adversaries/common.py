@@ -43,15 +43,23 @@ class Adversary(Protocol):
     def __call__(self, objective: RowObjective, x: Tensor, threat: ThreatModel, noise: Noise) -> Examples: ...
 
 
-def input_gradient(objective: RowObjective, rows: Tensor, index: Tensor, chunk_size: int | None = None) -> Tensor:
-    """The gradient of each row's objective with respect to that row, (R, ...).
+def value_and_gradient(
+    objective: RowObjective, rows: Tensor, index: Tensor, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each row's objective, (R,), and its gradient with respect to that row, (R, ...).
 
     ``chunk_size`` bounds how many rows go through the networks at once; where rows are independent, as they are in eval
     mode, it changes nothing but the memory. Parameters get no gradient.
     """
-    gradients = []
+    values, gradients = [], []
     with torch.enable_grad():
         for some, which in zip(rows.split(chunk_size or len(rows)), index.split(chunk_size or len(rows)), strict=True):
             leaf = some.detach().requires_grad_()
-            gradients.append(torch.autograd.grad(objective(leaf, which).sum(), leaf)[0])
-    return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+            values.append(objective(leaf, which))
+            gradients.append(torch.autograd.grad(values[-1].sum(), leaf)[0])
+    return torch.cat(values).detach(), gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+
+def input_gradient(objective: RowObjective, rows: Tensor, index: Tensor, chunk_size: int | None = None) -> Tensor:
+    """The gradient alone of :func:`value_and_gradient`, (R, ...)."""
+    return value_and_gradient(objective, rows, index, chunk_size)[1]

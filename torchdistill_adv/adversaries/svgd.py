@@ -112,6 +112,7 @@ class SVGD:
         norm: ``l2`` or ``linf``, for norm_p.
         repulsion: ``false`` drops the repulsive term.
         targeted: descend the objective, which then has a target class (the paper's stated future work).
+        return_path: also return every iterate.
         chunk_size: rows through the networks at once, in the search and in the teacher's pass on the particles; None is
             all K x N.
 
@@ -134,6 +135,7 @@ class SVGD:
     norm: Norm = "l2"
     repulsion: bool = True
     targeted: bool = False
+    return_path: bool = False
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +152,7 @@ class SVGD:
             norm=choice(self.norm, "norm", ("l2", "linf")),
             repulsion=flag(self.repulsion, "repulsion"),
             targeted=flag(self.targeted, "targeted"),
+            return_path=flag(self.return_path, "return_path"),
             chunk_size=optional_integer(self.chunk_size, "chunk_size", minimum=1),
         )
 
@@ -169,6 +172,7 @@ class SVGD:
         def per_image(values: Tensor) -> Tensor:
             return values.reshape(self.num_particles, len(x), -1).transpose(0, 1)
 
+        path = []
         for _ in range(self.num_steps):
             scores = threat.gradient(input_gradient(objective, rows, index, self.chunk_size))
             direction = svgd_direction(
@@ -179,4 +183,6 @@ class SVGD:
             )
             direction = direction.transpose(0, 1).reshape(rows.shape)
             rows = threat.project(threat.step(rows, direction, self.step_size, self.norm), clean)
-        return Examples(rows, index)
+            if self.return_path:
+                path.append(rows)
+        return Examples(rows, index, torch.stack(path) if path else None)

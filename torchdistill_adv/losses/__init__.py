@@ -6,7 +6,9 @@ from torchdistill_adv.losses.akd import AKDLoss
 from torchdistill_adv.losses.akd2 import AKD2Loss
 from torchdistill_adv.losses.ard import ARDLoss
 from torchdistill_adv.losses.base import AdversarialTerm, Cost, Search
+from torchdistill_adv.losses.bss import BSSLoss
 from torchdistill_adv.losses.crdnd import CRDNDLoss
+from torchdistill_adv.losses.darwin import DARWINLoss
 from torchdistill_adv.losses.dgad import DGADLoss
 from torchdistill_adv.losses.gacd import GACDLoss
 from torchdistill_adv.losses.iad import IADLoss
@@ -24,8 +26,10 @@ __all__ = [
     "AdaADLoss",
     "AdaIADLoss",
     "AdversarialTerm",
+    "BSSLoss",
     "CRDNDLoss",
     "Cost",
+    "DARWINLoss",
     "DGADLoss",
     "GACDLoss",
     "IADLoss",
