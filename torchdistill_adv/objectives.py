@@ -16,8 +16,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from torchdistill_adv.attribution import Layout, class_activation_maps, feature_maps, layout_of, map_distance
 from torchdistill_adv.checks import choice, integer, number
 from torchdistill_adv.divergences import cross_entropy, kl_divergence, mixed_target, softmax_mse, wide
 from torchdistill_adv.errors import ConfigError, inside
@@ -25,6 +26,7 @@ from torchdistill_adv.noise import Noise
 from torchdistill_adv.registry import Registry, check_options, split_spec
 
 Network = Callable[[Tensor], Tensor]
+MapsOf = Callable[[nn.Module, Layout, Tensor, Tensor], tuple[Tensor, Tensor]]
 BoundObjective = Callable[[Tensor, Tensor], Tensor]
 Who = Literal["student", "teacher"]
 
@@ -52,6 +54,12 @@ class View:
     def network(self, who: Who) -> Network:
         network = self.student if who == "student" else self.teacher
         assert network is not None, "binding refuses objectives that need a teacher where there is none"
+        return network
+
+    def module(self, who: Who) -> nn.Module:
+        """The network itself, for objectives that look inside."""
+        network = self.network(who)
+        assert isinstance(network, nn.Module)
         return network
 
     @cached_property
@@ -284,6 +292,54 @@ def kl_teacher_clean_teacher(view: View) -> BoundObjective:
     """KL(T(x') || T(x)): the teacher's prediction changes most (TALD, Eq. 1)."""
     reference, teacher = view.teacher_clean, view.network("teacher")
     return lambda rows, index: kl_divergence(teacher(rows), reference[index])
+
+
+def _aligned(view: View, maps: MapsOf, weight: float, modules: Mapping[Who, str | None]) -> BoundObjective:
+    """KL(T(x') || S(x')) + weight * distance of the maps that ``maps`` gives."""
+    layouts = {who: layout_of(view.module(who), view.images, path, f"{who}_module") for who, path in modules.items()}
+
+    def objective(rows: Tensor, index: Tensor) -> Tensor:
+        logits, found = zip(*(maps(view.module(who), layouts[who], rows, index) for who in layouts), strict=True)
+        return kl_divergence(*logits) + weight * map_distance(found[1], found[0])
+
+    return objective
+
+
+ALIGNMENT_OPTIONS = {"alignment_weight": partial(number, name="alignment_weight", minimum=0)}
+
+
+@register_objective(attacks=("teacher", "student"), labels=True, options=ALIGNMENT_OPTIONS)
+def kl_cam_teacher_student(
+    view: View, alignment_weight: float = 1.0, student_module: str | None = None, teacher_module: str | None = None
+) -> BoundObjective:
+    """KL(T(x') || S(x')) + a MSE(CAM of S, CAM of T) for the class y, through both networks (SmaraAD).
+
+    ``student_module`` and ``teacher_module`` are the modules with the feature map, found where they are not given.
+    """
+    assert view.labels is not None, "binding refuses objectives that need labels where there are none"
+    labels = view.labels
+    return _aligned(
+        view,
+        lambda network, layout, rows, index: class_activation_maps(network, layout, rows, labels[index]),
+        alignment_weight,
+        {"teacher": teacher_module, "student": student_module},
+    )
+
+
+@register_objective(attacks=("teacher", "student"), options=ALIGNMENT_OPTIONS)
+def kl_features_teacher_student(
+    view: View, alignment_weight: float = 1.0, student_module: str | None = None, teacher_module: str | None = None
+) -> BoundObjective:
+    """KL(T(x') || S(x')) + a MSE(features of S, features of T), each averaged over squared channels.
+
+    ``student_module`` and ``teacher_module`` are the modules with the feature map, found where they are not given.
+    """
+    return _aligned(
+        view,
+        lambda network, layout, rows, index: feature_maps(network, layout, rows),
+        alignment_weight,
+        {"teacher": teacher_module, "student": student_module},
+    )
 
 
 @register_objective(attacks=("teacher",), clean=("teacher",))

@@ -83,10 +83,11 @@ class Step:
 
     def student(self, rows: Tensor, student_bn: str) -> Tensor:
         """The student's logits on ``rows``, with a graph to its parameters."""
-        with self._student_mode(student_bn):
+        with self.student_mode(student_bn):
             return check_logits(self.binding.student.network(rows), "student")
 
-    def _student_mode(self, student_bn: str) -> ExitStack:
+    def student_mode(self, student_bn: str) -> ExitStack:
+        """The student as ``student_bn`` wants it, while the context lasts."""
         stack = ExitStack()
         if student_bn == "eval":
             stack.enter_context(eval_mode(self.binding.student.network))
@@ -223,7 +224,7 @@ class Step:
 
     def collect_student(self, rows: Tensor, student_bn: str) -> IODict:
         """The student's outputs and hooked features on ``rows``, as the box gathers them."""
-        with self._student_mode(student_bn):
+        with self.student_mode(student_bn):
             return self._collect(self.binding.student, rows)
 
     def collect_teacher(self, rows: Tensor) -> IODict:

@@ -16,6 +16,7 @@ from torchdistill_adv.losses.igdm import IGDMLoss
 from torchdistill_adv.losses.on_adversarial_examples import OnAdversarialExamples
 from torchdistill_adv.losses.pgd_at import PGDATLoss
 from torchdistill_adv.losses.rslad import RSLADLoss
+from torchdistill_adv.losses.smaraad import SmaraADLoss
 from torchdistill_adv.losses.tald import TALDLoss
 from torchdistill_adv.losses.trades import TRADESLoss
 
@@ -38,6 +39,7 @@ __all__ = [
     "PGDATLoss",
     "RSLADLoss",
     "Search",
+    "SmaraADLoss",
     "TALDLoss",
     "TRADESLoss",
 ]
