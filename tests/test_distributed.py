@@ -1,4 +1,4 @@
-"""Two gloo processes with DDP give the gradient of one process on the joined batch."""
+"""Two gloo processes with DDP give the gradient of one process on the joined batch, and ranks agree on it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
+from contract import ROWS, TwoTeachers, pairs
 from tiny import KD, images, network, on_adversarial, tald, tiny_box
 
 import torchdistill_adv.binding
@@ -60,9 +62,8 @@ def work(rank: int, folder: str, names: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def test_gradient_of_two_processes_is_that_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(Binding, "noise_for", Binding.noise_for)
-    processes = mp.spawn(work, (str(tmp_path), list(TERMS)), nprocs=2, join=False)
+def in_two_processes(worker, folder, names) -> None:
+    processes = mp.spawn(worker, (str(folder), names), nprocs=2, join=False)
     # DDP that is called twice in a step does not fail, it hangs
     deadline = time.monotonic() + 180
     try:
@@ -71,11 +72,62 @@ def test_gradient_of_two_processes_is_that_of_one(tmp_path, monkeypatch):
     finally:
         for process in processes.processes:
             process.kill()
+
+
+def test_gradient_of_two_processes_is_that_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(Binding, "noise_for", Binding.noise_for)
+    in_two_processes(work, tmp_path, list(TERMS))
     for name, sub_term in TERMS.items():
         expected = gradient(0, 1, {name: sub_term})
         for rank in range(2):
             assert torch.allclose(torch.load(tmp_path / f"{name}-{rank}.pt"), expected, atol=1e-5), name
         assert expected.abs().max() > 1e-4
+
+
+def contract_gradients(folder: str, rank: int, name: str) -> None:
+    """The gradient of this process's images alone, and that with DDP, for a row of the contract."""
+    x, y = images(8, seed=1)
+    x, y = x[4 * rank : 4 * rank + 4].double(), y[4 * rank : 4 * rank + 4]
+    # every process has two classes, and one that no other has
+    y = torch.tensor([0, 1, 0, 1]) if rank == 0 else torch.tensor([2, 3, 4, 2])
+    for kind in ("alone", "ddp"):
+        teacher = TwoTeachers(network(1, width=8, bn=False), network(3, width=8, bn=False))
+        box = tiny_box({"term": ROWS[name]}, teacher=teacher, student=network(2, bn=False), double=True)
+        if kind == "ddp":
+            box.student_model = DistributedDataParallel(box.student_model)
+        box.pre_epoch_process(epoch=0)
+        box.forward_process(x, y, pairs(y, x.dtype)).backward()
+        gradient = torch.cat([p.grad.flatten() for p in box.org_student_model.parameters()])
+        torch.save(gradient, f"{folder}/{name}-{kind}-{rank}.pt")
+
+
+def contract_work(rank: int, folder: str, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    for name in names:
+        contract_gradients(folder, rank, name)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    """Both gradients of every row and process, from one pair of processes for all rows."""
+    folder = tmp_path_factory.mktemp("ddp")
+    in_two_processes(contract_work, folder, CONTRACT)
+    return lambda name, kind, rank: torch.load(folder / f"{name}-{kind}-{rank}.pt")
+
+
+# label-free DARWIN needs two predicted classes in each process, which four images of an untrained teacher need not have
+CONTRACT = [name for name in ROWS if name != "DARWINLoss-LF"]
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_ddp_gives_every_rank_the_mean_of_the_gradients(name, gradients):
+    first, second = (gradients(name, "ddp", rank) for rank in range(2))
+    assert torch.equal(first, second)
+    alone = [gradients(name, "alone", rank) for rank in range(2)]
+    assert torch.allclose(first, (alone[0] + alone[1]) / 2, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(*alone, rtol=1e-3)
 
 
 def test_noise_differs_by_rank(monkeypatch):

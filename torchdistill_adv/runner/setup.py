@@ -28,7 +28,7 @@ from torchdistill.models.registry import get_model
 import torchdistill_adv  # noqa: F401  (its data sets, models and losses are known before the YAML is loaded)
 from torchdistill_adv.binding import BINDING, bind
 from torchdistill_adv.boxes import Box, sides, stage_path
-from torchdistill_adv.errors import ConfigError
+from torchdistill_adv.errors import ConfigError, inside
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,12 @@ def build_model(block: Mapping[str, Any], name: str, where: Place) -> nn.Module:
     """
     kwargs = block.get("kwargs") or {}
     try:
-        model = get_image_classification_model({**block, "kwargs": kwargs}, where.distributed)
-        if model is None:
-            model = get_model(block["key"], block.get("repo_or_dir"), **kwargs)
+        with inside(f"models.{name}.kwargs"):
+            model = get_image_classification_model({**block, "kwargs": kwargs}, where.distributed)
+            if model is None:
+                model = get_model(block["key"], block.get("repo_or_dir"), **kwargs)
+    except ConfigError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"'{block['key']}' cannot be built: {error}", f"models.{name}.kwargs") from error
     load_weights(model, block.get("src_ckpt"), f"models.{name}.src_ckpt")
