@@ -341,6 +341,7 @@ def test_nothing_uses_the_processes_when_they_part(here, monkeypatch, text):
 
 SUB_TERMS = "train.criterion.kwargs.sub_terms"
 STUDENT = "models.student_model"
+TEACHER = "'small_cnn'\n    kwargs: {num_classes: 10, in_channels: 1, width: 4, depth: 2}"
 CE_WRAPPER = STAGE[STAGE.index("          criterion_wrapper:") : STAGE.index("          weight: 0.5\n        tald")]
 
 REFUSED = {
@@ -384,6 +385,16 @@ REFUSED = {
         ("{num_particles", "{particles"),
         f"{SUB_TERMS}.tald.criterion.kwargs.adversary.kwargs.particles",
         "'num_particles'",
+    ),
+    "a schedule longer than the training": (
+        ("TALDLoss", "AdaIADLoss"),
+        f"{SUB_TERMS}.tald.criterion.kwargs.begin_epoch",
+        "found 60, but the stage has 2 epochs",
+    ),
+    "a published teacher that is not there": (
+        (TEACHER, "'from_checkpoint'\n    kwargs: {model: {key: 'small_cnn'}, checkpoint: 'no.pt'}"),
+        "models.teacher_model.kwargs.checkpoint",
+        "found 'no.pt'",
     ),
     "a loss wrapper": (
         ("SimpleLossWrapper", "SimpleWrapper"),

@@ -41,7 +41,11 @@ def check_labels(labels: Any, count: int, num_classes: int, path: str, who: str)
     expected = f"int64 class numbers of shape ({count},) from 0 to {num_classes - 1}"
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (count,):
         found = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ConfigError(f"found labels {found}; {who} needs {expected}", f"{path}.train_data_loader")
+        raise ConfigError(
+            f"found labels {found}; {who} needs {expected}. Without labels: losses that read none (docs/methods.md), "
+            "or label_free: true in DARWINLoss and SmaraADLoss",
+            f"{path}.train_data_loader",
+        )
     low, high = (int(v) for v in labels.aminmax())
     if low < 0 or high >= num_classes:
         raise ConfigError(

@@ -263,7 +263,9 @@ def check_stage(stage: Block, datasets: Block, has_teacher: bool, is_first: bool
             known(side, "forward_proc", processes.FORWARD_PROC_FUNC_DICT, "forward process")
             known_if_given(side, "auxiliary_model_wrapper", AUXILIARY_MODEL_WRAPPER_DICT, "auxiliary model wrapper")
             check_source(side, written)
-    check_criterion(section(stage, "criterion", "key and kwargs of a high-level loss"), has_teacher)
+    check_criterion(
+        section(stage, "criterion", "key and kwargs of a high-level loss"), has_teacher, stage["num_epochs"]
+    )
     if stage.get("optimizer") or is_first:
         check_stepper(stage, "optimizer", OPTIM_DICT, Optimizer)
     if stage.get("scheduler"):
@@ -297,8 +299,8 @@ def check_stepper(stage: Block, name: str, registry: Mapping[str, Any], kind: ty
         check_kwargs(known(block, "key", usable, name), block.get("kwargs"), block["key"], given=1)
 
 
-def check_criterion(criterion: Block, has_teacher: bool) -> None:
-    """The high-level loss and its terms."""
+def check_criterion(criterion: Block, has_teacher: bool, num_epochs: int) -> None:
+    """The high-level loss and its terms, for a stage of so many epochs."""
     with inside("criterion"):
         known(criterion, "key", HIGH_LEVEL_LOSS_DICT, "high-level loss")
         if criterion.get("func2extract_model_loss") is not None:
@@ -309,7 +311,7 @@ def check_criterion(criterion: Block, has_teacher: bool) -> None:
                 section(kwargs, "sub_terms", "the terms of the loss by name")
         for name, term in sub_terms(criterion).items():
             with inside(f"kwargs.sub_terms.{name}"):
-                check_term(term, has_teacher)
+                check_term(term, has_teacher, num_epochs)
 
 
 def sub_terms(criterion: Block) -> Block:
@@ -317,7 +319,7 @@ def sub_terms(criterion: Block) -> Block:
     return (criterion.get("kwargs") or {}).get("sub_terms") or {}
 
 
-def check_term(term: Any, has_teacher: bool) -> None:
+def check_term(term: Any, has_teacher: bool, num_epochs: int) -> None:
     """A loss of torchdistill or PyTorch, its wrapper and its weight."""
     if not isinstance(term, Mapping):
         raise ConfigError(f"found {term!r}; write criterion, weight and, around a low-level loss, criterion_wrapper")
@@ -329,19 +331,19 @@ def check_term(term: Any, has_teacher: bool) -> None:
     criterion = section(term, "criterion", "key and kwargs of a loss")
     with inside("criterion"):
         loss = known(criterion, "key", _losses(), "loss")
-        check_loss(loss, criterion, has_teacher)
+        check_loss(loss, criterion, has_teacher, num_epochs)
     is_wrapped = False
     for path, wrapper in _wrappers(term):
         with inside(path):
             wraps = known(wrapper, "key", LOSS_WRAPPER_DICT, "loss wrapper")
-            check_loss(wraps, wrapper, has_teacher, nn.Identity())
+            check_loss(wraps, wrapper, has_teacher, num_epochs, nn.Identity())
             is_wrapped |= not _is_adversarial(wraps)
     if criterion["key"] not in MIDDLE_LEVEL_LOSS_DICT and not is_wrapped:
         path = ".kwargs.".join(["criterion_wrapper"] * (1 + len(_wrappers(term))))
         raise ConfigError(f"is missing; {criterion['key']} is a low-level loss and needs a 'SimpleLossWrapper'", path)
 
 
-def check_loss(make: Callable[..., Any], block: Block, has_teacher: bool, *given: nn.Module) -> None:
+def check_loss(make: Callable[..., Any], block: Block, has_teacher: bool, num_epochs: int, *given: nn.Module) -> None:
     """The options of a loss or a wrapper; those of an adversarial one are checked as binding checks them.
 
     ``given`` stands for the loss that a wrapper is around.
@@ -352,6 +354,7 @@ def check_loss(make: Callable[..., Any], block: Block, has_teacher: bool, *given
         term.resolve("kwargs")
         with inside("kwargs"):
             term.check_teacher(has_teacher)
+            term.check_epochs(num_epochs)
     else:
         check_kwargs(make, options, block["key"], len(given))
 
