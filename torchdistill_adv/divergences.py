@@ -42,4 +42,5 @@ def probability_of(labels: Tensor, logits: Tensor) -> Tensor:
 def mixed_target(labels: Tensor, teacher_logits: Tensor, teacher_share: float | Tensor) -> Tensor:
     r""":math:`(1 - a)\, \mathrm{onehot}(y) + a\, p_T`, (R, C), for a share ``a`` of the teacher, one or (R, 1)."""
     probabilities = F.softmax(wide(teacher_logits), 1)
-    return (1 - teacher_share) * F.one_hot(labels, probabilities.shape[1]) + teacher_share * probabilities
+    one_hot = F.one_hot(labels, probabilities.shape[1]).to(probabilities)
+    return (1 - teacher_share) * one_hot + teacher_share * probabilities

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from torchdistill_adv.boxes import Side
-from torchdistill_adv.errors import ConfigError, inside
+from torchdistill_adv.errors import ConfigError, inside, nearest
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers
 
 if TYPE_CHECKING:
@@ -77,7 +78,23 @@ def check_networks(binding: Binding, images: Tensor) -> int:
                 f"{classes['student']} (student); give both models the same num_classes",
                 term.path,
             )
+        for option, part in term.teacher_parts.items():
+            assert binding.teacher is not None
+            with inside(term.path):
+                _check_part(binding, binding.teacher, part, images, classes["student"], option)
     return classes["student"]
+
+
+def _check_part(binding: Binding, teacher: Side, part: str, images: Tensor, num_classes: int, option: str) -> None:
+    """Refuse a submodule of the teacher that is not there, or no network of the same classes."""
+    try:
+        network = teacher.network.get_submodule(part)
+    except AttributeError as error:
+        parts = [name for name, _ in teacher.network.named_children()]
+        raise ConfigError(f"found {part!r}; the teacher has no such part. {nearest(part, parts)}", option) from error
+    found = _num_classes(binding, dataclasses.replace(teacher, network=network), images, f"teacher_model.{part}")
+    if found != num_classes:
+        raise ConfigError(f"found {part!r}, which has {found} classes; the student has {num_classes}", option)
 
 
 def _num_classes(binding: Binding, side: Side, images: Tensor, name: str) -> int:

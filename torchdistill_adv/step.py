@@ -13,7 +13,7 @@ from torchdistill.core.interfaces import forward_proc
 
 from torchdistill_adv.adversaries import Examples
 from torchdistill_adv.boxes import IODict, Side
-from torchdistill_adv.errors import ConfigError, NonFiniteError, inside, nearest
+from torchdistill_adv.errors import ConfigError, NonFiniteError, inside
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers
 from torchdistill_adv.inputs import check_batch, check_labels, check_logits, check_networks
 from torchdistill_adv.objectives import View
@@ -98,21 +98,15 @@ class Step:
     def teacher(self, rows: Tensor, chunk_size: int | None = None, part: str = "") -> Tensor:
         """The teacher's logits on ``rows``, without a graph; ``chunk_size`` bounds how many it sees at once.
 
-        Raises:
-            ConfigError: the teacher has no submodule ``part``, or that gives no logits.
+        ``part`` is as in :meth:`teacher_on`.
         """
         teacher = self.binding.teacher
         assert teacher is not None
-        try:
-            network = teacher.network.get_submodule(part)
-        except AttributeError as error:
-            parts = [name for name, _ in teacher.network.named_children()]
-            raise ConfigError(f"found {part!r}; the teacher has no such part. {nearest(part, parts)}") from error
+        network = teacher.network.get_submodule(part)
         if teacher.in_train_mode:
             chunk_size = None  # rows of one batch see each other in train mode
         with torch.no_grad(), on_cloned_buffers(teacher.network, read_only_in_eval=True):
-            chunks = [network(some) for some in rows.split(chunk_size or len(rows))]
-        return torch.cat([check_logits(logits, part or "teacher") for logits in chunks])
+            return torch.cat([network(some) for some in rows.split(chunk_size or len(rows))])
 
     def student_on(self, search: Search, student_bn: str) -> Tensor:
         """The student's logits on the examples of ``search``, with a graph; one pass for all terms that ask for it."""
@@ -141,7 +135,10 @@ class Step:
         logits = self._host_logits(self.student_io_dict)
         # a forward process of a user's own may return anything of the same shape, such as probabilities
         if logits is None or self.binding.student.forward_proc.__module__ != forward_proc.__name__:
-            raise ConfigError("needs the student's clean logits, which this box has not; write forward: 'joint'")
+            raise ConfigError(
+                "needs the student's logits on the clean images, which the forward process of this box does not give; "
+                "write forward_proc: 'forward_batch_only' (or, in TALDLoss, forward: 'joint')"
+            )
         return logits
 
     def teacher_clean(self) -> Tensor:

@@ -66,7 +66,7 @@ class AdaADLoss(AdversarialTerm):
         "objective": "kl_teacher_student",
     }
     teacher_sees_examples = True
-    needs_teacher = compares_predictions = True
+    distils = True
 
     def configure(self, alpha: float = 1.0, temperature: float = 1.0) -> None:
         self.alpha = number(alpha, "alpha", minimum=0, maximum=1)

@@ -66,7 +66,8 @@ class AdaIADLoss(AdversarialTerm):
         "objective": "kl_teacher_student",
     }
     teacher_sees_examples = True
-    needs_teacher = needs_labels = compares_predictions = True
+    distils = True
+    needs_labels = True
 
     def configure(
         self, temperature: float = 30.0, beta: float = 0.1, begin_epoch: int = 60, weigh_teacher: bool = False

@@ -60,7 +60,8 @@ class AKDLoss(AdversarialTerm):
         "threat": LINF_8,
         "objective": "ce_student_mixed",
     }
-    needs_teacher = needs_labels = compares_predictions = True
+    distils = True
+    needs_labels = True
 
     def configure(self, teacher_share: float = 0.5) -> None:
         self.teacher_share = number(teacher_share, "teacher_share", minimum=0, maximum=1)

@@ -11,7 +11,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import number
 from torchdistill_adv.divergences import cross_entropy, kl_divergence
-from torchdistill_adv.errors import ConfigError, inside
+from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm, Cost, with_options
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class AKD2Loss(AdversarialTerm):
         "objective": "ce_student",
     }
     teacher_sees_examples = True
-    needs_teacher = needs_labels = compares_predictions = True
+    distils = True
+    needs_labels = True
 
     def configure(
         self,
@@ -85,14 +86,17 @@ class AKD2Loss(AdversarialTerm):
         self.temperature = number(temperature, "temperature", above=0)
         self.standard_teacher = standard_teacher
 
+    @property
+    def teacher_parts(self) -> Mapping[str, str]:
+        return {"standard_teacher": self.standard_teacher} if self.standard_weight else {}
+
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         student = step.student_on(self.search, self.student_bn)
         labels = step.labels[step.examples(self.search).index]
         values = (1 - self.robust_weight - self.standard_weight) * cross_entropy(student, labels)
         values = values + self.robust_weight * kl_divergence(step.teacher_on(self.search), student, self.temperature)
         if self.standard_weight:
-            with inside("standard_teacher"):
-                standard = step.teacher_on(self.search, self.standard_teacher)
+            standard = step.teacher_on(self.search, self.standard_teacher)
             values = values + self.standard_weight * kl_divergence(standard, student, self.temperature)
         return values.mean()
 

@@ -60,7 +60,7 @@ class ARDLoss(AdversarialTerm):
         "threat": LINF_8,
         "objective": "ce_student",
     }
-    needs_teacher = compares_predictions = True
+    distils = True
 
     def configure(self, alpha: float = 1.0, temperature: float = 30.0) -> None:
         self.alpha = number(alpha, "alpha", minimum=0, maximum=1)

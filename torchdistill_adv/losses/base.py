@@ -148,6 +148,8 @@ class AdversarialTerm(nn.Module):
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
+    # whether the loss itself compares the student with a teacher, whatever the search does
+    distils: ClassVar[bool] = False
     teacher_sees_examples: ClassVar[bool] = False
     configure: Callable[..., None]
 
@@ -175,7 +177,7 @@ class AdversarialTerm(nn.Module):
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher's logits are used."""
-        return any("teacher" in search.needs for search in self.searches)
+        return self.distils or any("teacher" in search.needs for search in self.searches)
 
     @property
     def needs_labels(self) -> bool:
@@ -185,7 +187,13 @@ class AdversarialTerm(nn.Module):
     @property
     def compares_predictions(self) -> bool:
         """Whether teacher and student must have the same classes."""
-        return self.needs_teacher and any("student" in search.needs for search in self.searches)
+        searches = self.searches
+        return self.distils or (self.needs_teacher and any("student" in search.needs for search in searches))
+
+    @property
+    def teacher_parts(self) -> Mapping[str, str]:
+        """Submodules of the teacher that are called as teachers of their own, by the option that names each."""
+        return {}
 
     def plan(self) -> tuple[Search, ...]:
         """The searches of this term."""
@@ -238,6 +246,8 @@ class AdversarialTerm(nn.Module):
         """
         if has_teacher:
             return
+        if self.distils:
+            raise ConfigError("needs a teacher, in training without one; add models.teacher_model")
         for search in self.searches:
             if "teacher" in search.objective.needs:
                 raise ConfigError(
@@ -245,8 +255,6 @@ class AdversarialTerm(nn.Module):
                     "models.teacher_model, or choose an objective of the student alone, such as 'ce_student'",
                     "objective",
                 )
-        if self.needs_teacher:
-            raise ConfigError("needs a teacher, in training without one; add models.teacher_model")
 
     def check_epochs(self, num_epochs: int) -> None:
         """Refuse a schedule that does not fit into ``num_epochs``, those of the stage.

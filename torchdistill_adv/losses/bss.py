@@ -106,7 +106,8 @@ class BSSLoss(AdversarialTerm):
         "objective": "gap_teacher",
     }
     teacher_sees_examples = True
-    needs_teacher = needs_labels = compares_predictions = True
+    distils = True
+    needs_labels = True
 
     def configure(
         self, num_base: int = 64, temperature: float = 3.0, kd_weight: float = 3.0, bss_weight: float = 2.0

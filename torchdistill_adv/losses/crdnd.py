@@ -71,7 +71,8 @@ class CRDNDLoss(AdversarialTerm):
         "threat": LINF_8,
         "objective": "kl_clean_teacher_student",
     }
-    needs_teacher = needs_labels = compares_predictions = True
+    distils = True
+    needs_labels = True
 
     def configure(self, relation_weight: float = 1.0, temperature: float = 0.5) -> None:
         self.relation_weight = number(relation_weight, "relation_weight", minimum=0)
@@ -81,8 +82,6 @@ class CRDNDLoss(AdversarialTerm):
         adversarial, teacher = step.student_on(self.search, self.student_bn), step.teacher_clean()
         target = mixed_target(step.labels, teacher, probability_of(step.labels, teacher)[:, None])
         values = cross_entropy(adversarial, target[step.examples(self.search).index]).mean()
-        if len(teacher) < 2:
-            return values
         with torch.autocast(teacher.device.type, enabled=False):
             # several examples of an image are set in relation group by group, as the images are
             groups = [relations(rows, self.temperature) for rows in adversarial.split(len(teacher))]

@@ -193,7 +193,7 @@ class DARWINLoss(AdversarialTerm):
 
     defaults: ClassVar[Mapping[str, Any]] = {"adversary": PGD_10, "threat": LINF_8, "objective": "ce_student"}
     teacher_sees_examples = True
-    needs_teacher = compares_predictions = True
+    distils = True
 
     def configure(
         self,

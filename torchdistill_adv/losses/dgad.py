@@ -69,7 +69,8 @@ class DGADLoss(AdversarialTerm):
         "objective": "kl_teacher_student",
     }
     teacher_sees_examples = True
-    needs_teacher = needs_labels = compares_predictions = True
+    distils = True
+    needs_labels = True
 
     def configure(self, beta: float = 1.0) -> None:
         self.beta = number(beta, "beta", minimum=0)

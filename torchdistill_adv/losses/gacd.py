@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def representation(logits: Tensor) -> Tensor:
-    """Centred logits of length 1, (R, C): their products are correlations."""
+    """Centred logits of length 1, (R, C): their products are correlations; shorter where they are nearly equal."""
     logits = wide(logits)
-    return F.normalize(logits - logits.mean(1, keepdim=True), dim=1)
+    # a network that says nothing yet would get a gradient of the order of 1 / eps
+    return F.normalize(logits - logits.mean(1, keepdim=True), dim=1, eps=1e-2)
 
 
 @register_mid_level_loss
@@ -66,7 +67,8 @@ class GACDLoss(AdversarialTerm):
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {"adversary": PGD_10, "threat": LINF_8, "objective": "ce_student"}
-    needs_teacher = needs_labels = compares_predictions = True
+    distils = True
+    needs_labels = True
 
     def configure(self, temperature: float = 0.1, ce_weight: float = 1.0) -> None:
         self.temperature = number(temperature, "temperature", above=0)

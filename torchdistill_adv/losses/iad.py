@@ -11,7 +11,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import choice, flag, integer, number
 from torchdistill_adv.divergences import cross_entropy, kl_divergence, probability_of
-from torchdistill_adv.errors import ConfigError, inside
+from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm, Cost, with_options
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class IADLoss(AdversarialTerm):
         "objective": "ce_student",
     }
     teacher_sees_examples = True
-    needs_teacher = needs_labels = compares_predictions = True
+    distils = True
+    needs_labels = True
 
     def configure(
         self,
@@ -117,20 +118,23 @@ class IADLoss(AdversarialTerm):
     def check_epochs(self, num_epochs: int) -> None:
         check_begin(self.begin_epoch, num_epochs)
 
+    @property
+    def teacher_parts(self) -> Mapping[str, str]:
+        return {"standard_teacher": self.standard_teacher} if self.is_second else {}
+
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         index = step.examples(self.search).index
         labels = step.labels[index]
         student = step.student_on(self.search, self.student_bn)
-        seen = step.teacher_on(self.search)
-        values = kl_divergence(seen if self.is_second else step.teacher_clean()[index], student, self.temperature)
+        teacher = step.teacher_on(self.search) if self.is_second else step.teacher_clean()[index]
+        values = kl_divergence(teacher, student, self.temperature)
         if step.epoch >= self.begin_epoch:
-            weight = trust(seen, labels, self.beta)
+            weight = trust(step.teacher_on(self.search), labels, self.beta)
             introspection = (1 - weight) * kl_divergence(step.student_clean()[index], student)
             scale = self.temperature**2 if self.is_second else 1.0
             values = (weight * values if self.weigh_teacher else values) + scale * introspection
         if self.is_second:
-            with inside("standard_teacher"):
-                standard = step.teacher_on(self.search, self.standard_teacher)
+            standard = step.teacher_on(self.search, self.standard_teacher)
             guided = kl_divergence(standard, student, self.temperature)
             values = cross_entropy(student, labels) / 4 + values / 2 + guided / 4
         return values.mean()

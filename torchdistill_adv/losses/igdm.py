@@ -61,7 +61,7 @@ class IGDMLoss(AdversarialTerm):
         "objective": "kl_teacher_student",
     }
     teacher_sees_examples = True
-    needs_teacher = compares_predictions = True
+    distils = True
 
     def configure(self, ramp: bool = True) -> None:
         self.ramp = flag(ramp, "ramp")

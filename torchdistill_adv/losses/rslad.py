@@ -58,7 +58,7 @@ class RSLADLoss(AdversarialTerm):
         "threat": LINF_8,
         "objective": "kl_clean_teacher_student",
     }
-    needs_teacher = compares_predictions = True
+    distils = True
 
     def configure(self, alpha: float = 5 / 6) -> None:
         self.alpha = number(alpha, "alpha", minimum=0, maximum=1)

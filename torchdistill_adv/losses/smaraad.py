@@ -97,7 +97,7 @@ class SmaraADLoss(AdversarialTerm):
         "objective": "kl_cam_teacher_student",
     }
     teacher_sees_examples = True
-    needs_teacher = compares_predictions = True
+    distils = True
 
     def configure(
         self,

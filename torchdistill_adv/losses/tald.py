@@ -84,7 +84,8 @@ class TALDLoss(AdversarialTerm):
         "student_bn": "batch",
     }
     teacher_sees_examples = True
-    needs_teacher = needs_labels = compares_predictions = True
+    distils = True
+    needs_labels = True
 
     def configure(
         self,
