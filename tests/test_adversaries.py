@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -263,6 +266,24 @@ def test_pgd_is_the_textbook_loop():
     assert found.index.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "adversary",
+    [
+        PGD(num_steps=4, step_size=0.05, return_path=True),
+        SVGD(num_particles=3, num_steps=4, step_size=0.05, bandwidth=1.0, noise_factor=0.1, return_path=True),
+    ],
+    ids=["PGD", "SVGD"],
+)
+def test_path_has_the_example_after_each_step(adversary, threat):
+    x = images()
+    objective, _ = quadratic(x)
+    found = adversary(objective, x, threat, noise())
+    for i in range(4):
+        shorter = dataclasses.replace(adversary, num_steps=i + 1, return_path=False)(objective, x, threat, noise())
+        assert shorter.path is None and torch.equal(found.path[i], shorter.rows)
+    assert len(found.path) == 4 and torch.equal(found.path[-1], found.rows)
+
+
 def test_gaussian_start_is_close_and_no_start_is_the_image(threat):
     x = images()
     objective, _ = quadratic(x)
@@ -303,7 +324,9 @@ ROWS = {
     "PGD": {"num_steps": 3, "step_size": 0.1},
     "SVGD": {"num_particles": 3, "num_steps": 2, "bandwidth": 1.0, "noise_factor": 0.1},
     "VirtualSVGD": {"num_particles": 3, "probe_radius": 0.1},
+    "BSS": {"num_steps": 3, "step_size": 0.001},
 }
+ASCENDS_ONLY = {"BSS"}
 
 
 def test_every_registered_adversary_has_a_row():
@@ -329,10 +352,10 @@ class TestContract:
     def test_ascends_and_targeted_descends(self, key, threat):
         x = images()
         objective, _ = quadratic(x)
-        for targeted in (False, True):
-            found = self.build(key, targeted=targeted)(objective, x, threat, noise())
+        for options in [{}] if key in ASCENDS_ONLY else [{}, {"targeted": True}]:
+            found = self.build(key, **options)(objective, x, threat, noise())
             change = objective(found.rows, found.index) - objective(x, torch.arange(3))[found.index]
-            assert (change < 0).all() if targeted else (change > 0).all()
+            assert (change < 0).all() if options else (change > 0).all()
 
     def test_chunks_change_nothing(self, key, threat):
         x = images(5)
@@ -357,6 +380,17 @@ class TestContract:
         threat = ThreatModel(eps=0, norm="l2", space="input", bounds="none")
         found = self.build(key)(quadratic(x)[0], x, threat, noise())
         assert torch.allclose(found.rows, x[found.index])
+
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_infinite_radius_is_refused_or_gives_finite_examples(self, key, norm):
+        x = images()
+        threat = ThreatModel(eps=math.inf, norm=norm, space="input", bounds="none")
+        try:
+            found = self.build(key)(quadratic(x)[0], x, threat, noise())
+        except ConfigError as error:
+            assert error.path.endswith("eps")
+        else:
+            assert torch.isfinite(found.rows).all()
 
     def test_one_image_and_float32(self, key, threat):
         x = images(1).float()
@@ -383,6 +417,11 @@ class TestContract:
         ({"key": "SVGD", "kwargs": {"bandwidth": "mean"}}, "kwargs.bandwidth", "median"),
         ({"key": "SVGD", "kwargs": {"repulsion": "no"}}, "kwargs.repulsion", "true or false"),
         ({"key": "SVGD", "kwargs": {"chunk_size": -1}}, "kwargs.chunk_size", "-1"),
+        ({"key": "SVGD", "kwargs": {"return_path": 1}}, "kwargs.return_path", "true or false"),
+        ({"key": "BSS", "kwargs": {"norm_power": 3}}, "kwargs.norm_power", "Known: 1, 2"),
+        ({"key": "BSS", "kwargs": {"norm_power": True}}, "kwargs.norm_power", "Known: 1, 2"),
+        ({"key": "BSS", "kwargs": {"overshoot": -1}}, "kwargs.overshoot", ">= 0"),
+        ({"key": "BSS", "kwargs": {"step_size": ".inf"}}, "kwargs.step_size", "inf"),
         ({"key": "FGSM", "kwargs": 3}, "kwargs", "mapping"),
         ({"name": "FGSM"}, "", "write {key"),
     ],

@@ -24,7 +24,7 @@ N, C = 4, 5
 
 def network(seed):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, C)).double()
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh(), nn.Flatten(), nn.Linear(16, C)).double()
 
 
 @pytest.fixture
@@ -56,20 +56,39 @@ def ce(logits, y):
     return -math.log(softmax(logits)[y])
 
 
+def mixed_ce(logits, other, y, share=0.5):
+    target = [share * q + (1 - share) * (c == y) for c, q in enumerate(softmax(other))]
+    return -sum(q * math.log(p) for q, p in zip(target, softmax(logits), strict=True))
+
+
+def runner_up_gap(logits, clean):
+    first, second = sorted(range(C), key=lambda c: -clean[c])[:2]
+    return logits[second] - logits[first] if max(logits) == logits[first] else 0.0
+
+
 # by key: student(x'), teacher(x'), student(x), teacher(x), label -> value
 FORMULAS = {
     "ce_student": lambda s, t, s0, t0, y: ce(s, y),
     "ce_teacher": lambda s, t, s0, t0, y: ce(t, y),
+    "ce_student_mixed": lambda s, t, s0, t0, y: mixed_ce(s, t0, y),
     "kl_clean_teacher_student": lambda s, t, s0, t0, y: kl(t0, s),
     "kl_clean_student_student": lambda s, t, s0, t0, y: kl(s0, s),
     "kl_teacher_student": lambda s, t, s0, t0, y: kl(t, s),
     "kl_teacher_clean_teacher": lambda s, t, s0, t0, y: kl(t, t0),
     "mse_teacher_clean_teacher": lambda s, t, s0, t0, y: mse(t, t0),
+    "gap_teacher": lambda s, t, s0, t0, y: runner_up_gap(t, t0),
 }
+# by key: the channels of one cell, and their weights for the label -> that cell of the map, before it has unit length
+MAPS = {
+    "kl_cam_teacher_student": lambda cell, weights: max(0.0, sum(a * w for a, w in zip(cell, weights, strict=True))),
+    "kl_features_teacher_student": lambda cell, weights: sum(a * a for a in cell) / len(cell),
+}
+# where the default draws random numbers
+BLOCKS = {"gap_teacher": {"key": "gap_teacher", "kwargs": {"toward": "runner_up"}}}
 
 
 def test_every_registered_objective_has_a_formula():
-    assert set(FORMULAS) == set(OBJECTIVES)
+    assert {*FORMULAS, *MAPS} == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("key", FORMULAS)
@@ -77,7 +96,7 @@ def test_value_is_the_formula(key, view):
     index = torch.tensor([2, 0, 0, 3, 1])
     rows = torch.randn(5, 3, 2, 2, dtype=torch.float64)
     with torch.no_grad():
-        found = Objective.build(key).bind(view)(rows, index)
+        found = Objective.build(BLOCKS.get(key, key)).bind(view)(rows, index)
         s, t = view.student(rows).tolist(), view.teacher(rows).tolist()
         s0, t0 = view.student(view.images).tolist(), view.teacher(view.images).tolist()
     for row, image in enumerate(index.tolist()):
@@ -85,17 +104,34 @@ def test_value_is_the_formula(key, view):
         assert abs(float(found[row]) - expected) < 1e-10
 
 
-@pytest.mark.parametrize("key", FORMULAS)
+@pytest.mark.parametrize("weight", [None, 0, 7])
+@pytest.mark.parametrize("key", MAPS)
+def test_value_of_an_alignment_is_the_formula(key, weight, view):
+    index = torch.tensor([2, 0, 0, 3, 1])
+    rows = torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    block = key if weight is None else {"key": key, "kwargs": {"alignment_weight": weight}}
+
+    def unit_map(net, row, label):
+        cells = net[:2](row[None])[0].flatten(1).T.tolist()
+        values = [MAPS[key](cell, net[3].weight[label].view(4, 4).mean(1).tolist()) for cell in cells]
+        return [v / (math.hypot(*values) or 1) for v in values]
+
+    with torch.no_grad():
+        found = Objective.build(block).bind(view)(rows, index)
+        for row, image, value in zip(rows, index.tolist(), found.tolist(), strict=True):
+            maps = [unit_map(net, row, int(view.labels[image])) for net in (view.student, view.teacher)]
+            distance = sum((a - b) ** 2 for a, b in zip(*maps, strict=True)) / 4
+            divergence = kl(view.teacher(row[None])[0].tolist(), view.student(row[None])[0].tolist())
+            assert distance > 0 and abs(value - divergence - (1 if weight is None else weight) * distance) < 1e-10
+
+
+@pytest.mark.parametrize("key", [*FORMULAS, *MAPS])
 def test_declared_networks_are_those_called(key, view):
     called = {"student": [], "teacher": []}
-    for who in called:
-        inner = getattr(view, who)
-
-        def spy(rows, inner=inner, who=who):
-            called[who].append((rows.requires_grad, len(rows)))
-            return inner(rows)
-
-        setattr(view, who, spy)
+    for who, calls in called.items():
+        view.network(who).register_forward_hook(
+            lambda module, inputs, output, calls=calls: calls.append((inputs[0].requires_grad, len(output)))
+        )
     objective = Objective.build(key)
     rows = torch.randn(7, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     objective.bind(view)(rows, torch.zeros(7, dtype=torch.long)).sum().backward()
@@ -103,6 +139,14 @@ def test_declared_networks_are_those_called(key, view):
         assert ((True, 7) in calls) == (who in objective.entry.attacks)
         assert ((False, N) in calls) == (who in objective.clean)
     assert objective.needs == {who for who, calls in called.items() if calls}
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+def test_mixed_target_takes_a_share_of_the_teacher(share, view):
+    objective = Objective.build({"key": "ce_student_mixed", "kwargs": {"teacher_share": share}})
+    found = objective.bind(view)(view.images, torch.arange(N)).tolist()
+    s, t = view.student_clean.tolist(), view.teacher_clean.tolist()
+    assert found == pytest.approx([mixed_ce(s[i], t[i], int(view.labels[i]), share) for i in range(N)])
 
 
 def test_known_clean_logits_are_not_computed_again(view):
@@ -153,6 +197,9 @@ def test_half_precision_logits_are_widened():
         ({"key": "ce_student", "kwargs": {"target": 1}}, "kwargs.target", "target_class"),
         ({"key": "ce_student", "kwargs": {"target_class": "second"}}, "kwargs.target_class", "runner_up"),
         ({"key": "ce_student", "kwargs": {"target_class": -1}}, "kwargs.target_class", ">= 0"),
+        ({"key": "ce_student_mixed", "kwargs": {"teacher_share": 1.5}}, "kwargs.teacher_share", "<= 1"),
+        ({"key": "gap_teacher", "kwargs": {"toward": "runner-up"}}, "kwargs.toward", "did you mean 'runner_up'"),
+        ({"key": "kl_cam_teacher_student", "kwargs": {"alignment_weight": -1}}, "kwargs.alignment_weight", ">= 0"),
     ],
 )
 def test_bad_objectives_are_refused(spec, path, found):

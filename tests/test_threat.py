@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -91,6 +92,27 @@ def test_step_has_its_length_and_ascends(case, size):
     assert (((moved - x) * direction).flatten(1).sum(1) > 0).all()
 
 
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_infinite_radius_leaves_the_valid_range_alone(case):
+    threat, x, rows = case
+    free = dataclasses.replace(threat, eps=math.inf)
+    mean, std = (torch.tensor(v, dtype=x.dtype).view(1, -1, 1, 1) for v in (threat.mean, threat.std))
+    projected = free.project(rows, x)
+    pixels = (rows * std + mean).clamp(0, 1)
+    assert torch.allclose(projected * std + mean, pixels, atol=1e-5)
+    assert torch.equal(free.project(x, x), x)
+    assert torch.equal(dataclasses.replace(free, bounds="none").project(rows, x), rows)
+    assert torch.equal(free.distance(rows, x), threat.distance(rows, x))
+
+
+def test_infinite_radius_has_no_random_start():
+    threat = ThreatModel.build({"eps": math.inf, "mean": [0], "std": [1]})
+    with pytest.raises(ConfigError, match="finite one") as error:
+        threat.random_start(torch.rand(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+    assert error.value.path == "eps"
+
+
 def test_distance_in_pixels_is_that_of_the_pixels():
     threat = ThreatModel(eps=1, norm="l2", mean=[0.5, 0.5], std=[0.2, 0.4])
     pixels, other = torch.rand(3, 2, 4, 4), torch.rand(3, 2, 4, 4)
@@ -118,6 +140,8 @@ def test_gradient_in_pixels_follows_the_chain_rule(norm):
         ({"eps": -0.1}, "eps", "-0.1"),
         ({"eps": "8/0"}, "eps", "8/0"),
         ({"eps": True}, "eps", "True"),
+        ({"eps": math.nan}, "eps", "nan"),
+        ({"eps": -math.inf}, "eps", "-inf"),
         ({"eps": 1, "norm": "l3"}, "norm", "l3"),
         ({"eps": 1, "space": "pixels"}, "space", "did you mean 'pixel'"),
         ({"eps": 1, "mean": None, "std": None}, "mean", "normalize_kwargs"),
@@ -155,6 +179,7 @@ def test_images_outside_the_range_are_refused():
         ({"eps": "8/255", "norm": "linf"}, "8/255 in pixels"),
         ({"eps": 0.3, "norm": "linf", "space": "input"}, "15.3/255 to 19.1/255 in pixels"),
         ({"eps": 0.3, "norm": "l2", "space": "input"}, "0.06 to 0.075 in pixels"),
+        ({"eps": math.inf, "norm": "l2"}, "l2 without a radius"),
     ],
 )
 def test_radius_is_told_in_pixels(options, text):

@@ -133,6 +133,17 @@ class ThreatModel:
         mean, std = self._channels(self.mean, like), self._channels(self.std, like)
         return (low - mean) / std, (high - mean) / std
 
+    @property
+    def finite_eps(self) -> float:
+        """The radius, for searches that need one.
+
+        Raises:
+            ConfigError: it is infinite.
+        """
+        if math.isinf(self.eps):
+            raise ConfigError("found an infinite radius, which this search cannot use; write a finite one", "eps")
+        return self.eps
+
     def displacement(self, rows: Tensor, x: Tensor) -> Tensor:
         """``rows - x`` in the units of ``space``; both (R, ...)."""
         return (rows - x) * self._scale(x)
@@ -179,14 +190,8 @@ class ThreatModel:
         return rows + displacement / self._scale(rows)
 
     def random_start(self, x: Tensor, uniform: Tensor, factor: float = 1.0) -> Tensor:
-        r"""``project(x + factor * U(-eps, eps))``, with ``uniform`` in [-1, 1) of the shape of ``x``.
-
-        Raises:
-            ConfigError: the radius is infinite.
-        """
-        if math.isinf(self.eps):
-            raise ConfigError("found an infinite radius, in which no start can be drawn; write a finite one", "eps")
-        return self.project(self.shift(x, uniform * (factor * self.eps)), x)
+        r"""``project(x + factor * U(-eps, eps))``, with ``uniform`` in [-1, 1) of the shape of ``x``."""
+        return self.project(self.shift(x, uniform * (factor * self.finite_eps)), x)
 
     def check_inputs(self, x: Tensor) -> None:
         """Refuse images outside the valid range: their perturbation would be clipped to nonsense.

@@ -70,6 +70,10 @@ class BSS:
         return False
 
     @property
+    def needs_radius(self) -> bool:
+        return False
+
+    @property
     def num_rows(self) -> int:
         return 1
 
@@ -86,7 +90,7 @@ class BSS:
             norm = gradient.flatten(1).norm(dim=1)
             if not bool(norm.any()):
                 break
-            length = self.step_size * (self.overshoot - values.to(x.dtype))
+            length = self.step_size * (self.overshoot - values.to(x.dtype)).clamp_min(0)
             if self.norm_power == 2:
                 length = length / norm.clamp_min(torch.finfo(norm.dtype).tiny)
             step = length.view(-1, *[1] * (x.dim() - 1)) * unit_l2(gradient)

@@ -69,6 +69,10 @@ class PGD:
         )
 
     @property
+    def needs_radius(self) -> bool:
+        return self.start == "uniform"
+
+    @property
     def num_rows(self) -> int:
         return 1
 
@@ -136,5 +140,5 @@ class FGSM:
         return 1
 
     def __call__(self, objective: RowObjective, x: Tensor, threat: ThreatModel, noise: Noise) -> Examples:
-        step = PGD(1, threat.eps, start="none", targeted=self.targeted, chunk_size=self.chunk_size)
+        step = PGD(1, threat.finite_eps, start="none", targeted=self.targeted, chunk_size=self.chunk_size)
         return step(objective, x, threat, noise)

@@ -96,4 +96,4 @@ class VirtualSVGD:
                 self.bandwidth,
             )
             directions = unit_l2(all_rows.view_as(directions))
-        return Examples(threat.project(threat.step(clean, directions, threat.eps, "l2"), clean), index)
+        return Examples(threat.project(threat.step(clean, directions, threat.finite_eps, "l2"), clean), index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -256,6 +257,17 @@ class AdversarialTerm(nn.Module):
                     "objective",
                 )
 
+    def check_radius(self, adversary: Adversary) -> None:
+        """Refuse an infinite radius where the search needs one.
+
+        Raises:
+            ConfigError: below the term's own path.
+        """
+        if math.isinf(self.threat.eps) and getattr(adversary, "needs_radius", True):
+            raise ConfigError(
+                f"found an infinite radius, which {adversary} cannot use; write a finite one", "threat.eps"
+            )
+
     def check_epochs(self, num_epochs: int) -> None:
         """Refuse a schedule that does not fit into ``num_epochs``, those of the stage.
 
@@ -270,7 +282,8 @@ class AdversarialTerm(nn.Module):
         objective, adversary = objective or self.objective, adversary or self.adversary
         if objective.is_targeted and not adversary.targeted:
             raise ConfigError(
-                "found an adversary that ascends, with an objective that has a target_class; write targeted: true",
+                "found an adversary that ascends, with an objective that has a target_class; write targeted: true, or "
+                "another adversary",
                 "adversary.kwargs.targeted",
             )
         if adversary.targeted and not objective.is_targeted:
@@ -279,6 +292,7 @@ class AdversarialTerm(nn.Module):
                 "{key: 'ce_student', kwargs: {target_class: 'runner_up'}} or another one with a target_class",
                 "objective",
             )
+        self.check_radius(adversary)
         search = Search(
             adversary, self.threat, objective, source or Images(), self.search_bn, "" if self.share else self.path
         )

@@ -70,10 +70,12 @@ class Pairs:
 
 def _of_pairs(step: Step, name: str) -> Tensor:
     found = step.supp_dict.get(name) if isinstance(step.supp_dict, Mapping) else None
-    if not isinstance(found, Tensor) or len(found) != len(step.images):
+    wanted = step.images.shape if name == "paired_image" else step.images.shape[:1]
+    if not isinstance(found, Tensor) or found.shape != wanted:
+        has = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "none"
         raise ConfigError(
-            f"found 'dataset', but the batch has no {name} for each image; write dataset_wrapper: {{key: "
-            "'PairWithOtherClass'}} into train_data_loader, or pairing: 'batch'",
+            f"found 'dataset', but the batch should have {name} of shape {tuple(wanted)}, and has {has}; write "
+            "dataset_wrapper: {key: 'PairWithOtherClass'} into train_data_loader, or pairing: 'batch'",
             "pairing",
         )
     return found.to(step.images.device)
@@ -83,14 +85,14 @@ class _KnownGradient(torch.autograd.Function):
     """A value whose gradient with respect to the parameters has been taken already."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(upstream * gradient for gradient in ctx.gradients)
+        return None, None, *(None if gradient is None else upstream * gradient for gradient in ctx.gradients)
 
 
 def accumulated(parts: Iterable[Callable[[], Tensor]], network: nn.Module) -> Tensor:
@@ -101,13 +103,14 @@ def accumulated(parts: Iterable[Callable[[], Tensor]], network: nn.Module) -> Te
     parameters = [p for p in network.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not parameters:
         return torch.stack([part() for part in parts]).sum()
-    gradients = [torch.zeros_like(p) for p in parameters]
-    total: Tensor | None = None
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    values = []
     for part in parts:
         value = part()
-        for known, new in zip(gradients, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
-            known += 0 if new is None else new
-        total = value.detach() if total is None else total + value.detach()
+        new = torch.autograd.grad(value, parameters, allow_unused=True)
+        gradients = [b if a is None else a if b is None else a + b for a, b in zip(gradients, new, strict=True)]
+        values.append(value.detach())
+    total = torch.stack(values).sum()
     result: Tensor = _KnownGradient.apply(total, gradients, *parameters)
     return result
 
@@ -227,9 +230,11 @@ class DARWINLoss(AdversarialTerm):
             raise ConfigError("found 'dataset', which pairs by labels, with label_free; write 'batch'", "pairing")
         if hasattr(self.adversary, "return_path"):
             self.adversary = dataclasses.replace(self.adversary, return_path=True)
+        elif getattr(self.adversary, "num_steps", 1) > 1:
+            raise ConfigError(f"found {self.adversary}, which does not give its path; write PGD or SVGD", "adversary")
         with inside("target_adversary"):
             self.target_adversary = self._target_adversary(target_adversary)
-        if not self._steps():
+        if not (self._steps() or self.arkd_weight):
             raise ConfigError("found a path of one step, which IAKD alone leaves out; write more", "adversary")
 
     def _target_adversary(self, block: Any) -> Any:
@@ -244,7 +249,7 @@ class DARWINLoss(AdversarialTerm):
             adversary = dataclasses.replace(self.adversary, targeted=True)
         else:
             steps = getattr(self.adversary, "num_steps", 1)
-            size = getattr(self.adversary, "step_size", self.threat.eps)
+            size = getattr(self.adversary, "step_size", self.threat.finite_eps)
             adversary = PGD(steps, size, start="gaussian", targeted=True, return_path=True)
         length = getattr(self.adversary, "num_steps", 1)
         if adversary.num_steps != length:
@@ -263,6 +268,7 @@ class DARWINLoss(AdversarialTerm):
         untargeted = self.make_search(Images(label_free=self.label_free))
         if not self.dbkd_weight:
             return (untargeted,)
+        self.check_radius(self.target_adversary)
         # its classes are those of x, so the descent needs no target_class
         targeted = dataclasses.replace(
             untargeted, adversary=self.target_adversary, objective=Objective("ce_student"), source=self.pairs
@@ -274,13 +280,14 @@ class DARWINLoss(AdversarialTerm):
         if self.arkd_weight:
             value = self.arkd_weight * kl_divergence(step.teacher_clean(), step.student_clean()).mean()
         parts = [lambda i=i: self._part(step, i) for i in self._steps()]
-        return value + accumulated(parts, step.binding.student.network)
+        return value + accumulated(parts, step.binding.student.network) if parts else value
 
     def _steps(self) -> range:
         """Which i = 1, ..., n of the path are passed through the networks."""
         length = getattr(self.adversary, "num_steps", 1)
         first = 1 if self.iakd_weight or self.dbkd_weight else length
-        return range(first, length + (1 if self.arkd_weight or self.dbkd_weight else 0))
+        has_last = self.dbkd_weight or self.arkd_weight * self.beta
+        return range(first, length + (1 if has_last else 0))
 
     def _part(self, step: Step, i: int) -> Tensor:
         """What is summed over i."""
@@ -332,10 +339,10 @@ class DARWINLoss(AdversarialTerm):
 
     def outer_cost(self, images: int, num_views: int = 1) -> dict[object, Cost]:
         rows = self.search.num_rows(images)
-        last = len(self._steps()) if self.arkd_weight and self.beta else 0
+        last = 1 if self.arkd_weight and self.beta else 0
         count, length = len(self._steps()), getattr(self.adversary, "num_steps", 1)
         student = count * (rows + (images if self.dbkd_weight else 0))
-        teacher = rows * ((length - 1 if self.iakd_weight else 0) + (1 if last else 0))
+        teacher = rows * ((length - 1 if self.iakd_weight else 0) + last)
         anchors = images if self.dbkd_weight and self.pairs.pairing == "dataset" else 0
         return {self.path: Cost(teacher + anchors, 0, student, student)}
 
