@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -14,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchdistill.common.main_util import import_dependencies
 from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.core.distillation import get_distillation_box
@@ -24,12 +25,17 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from torchdistill_adv.boxes import Box
+from torchdistill_adv.datasets import MixedWithGenerated
+from torchdistill_adv.datasets.common import base_of
 from torchdistill_adv.losses import AdversarialTerm, OnAdversarialExamples
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
-# the largest image that reaches a network: ImageNet's 224 x 224 would be slow
+# the largest image that reaches a network: ImageNet's 224 x 224 would be slow, CIFAR's 32 x 32 in 150 files too
 MAX_SIZE = 64
+MAX_CIFAR_SIZE = 16
+# at most so many steps of a search
+MAX_STEPS = 2
 
 
 class RandomImages(Dataset):
@@ -40,7 +46,8 @@ class RandomImages(Dataset):
         self.images = np.random.RandomState(0).randint(256, size=(count, size, size, *channels), dtype=np.uint8)
         self.targets = [i % num_classes for i in range(count)]
         self.classes = [str(label) for label in range(num_classes)]
-        self.transform = transform and (lambda image: transform(image)[..., :MAX_SIZE, :MAX_SIZE])
+        self.max_size = MAX_SIZE
+        self.transform = transform and (lambda image: transform(image)[..., : self.max_size, : self.max_size])
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -50,8 +57,43 @@ class RandomImages(Dataset):
         return self.transform(image) if self.transform else image, self.targets[index]
 
 
+def mixed_with_random_images(original: Any, path: str, **options: Any) -> MixedWithGenerated:
+    """The data set of the configuration, on a file of a few random images."""
+    generator = np.random.RandomState(1)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / Path(path).name
+        images = generator.randint(256, size=(len(original), *base_of(original).images.shape[1:]), dtype=np.uint8)
+        # compressed, it is read into memory
+        np.savez_compressed(file, image=images, label=np.arange(len(images)))
+        return MixedWithGenerated(original, file, **options)
+
+
+def small_model(block: dict[str, Any]) -> dict[str, Any]:
+    """The block of a model, and of what it stands for here: small networks for large ones and for downloads.
+
+    Wide ResNets are of depth 10 and width 1, also those of RobustBench and of published checkpoints, and transformers
+    have one layer; the students are as they are.
+    """
+    key, kwargs = block["key"], block["kwargs"]
+    if key == "from_checkpoint":
+        return small_model(kwargs["model"])
+    if key == "teacher_pair":
+        return {**block, "kwargs": {name: small_model(part) for name, part in kwargs.items()}}
+    if key == "robustbench":
+        key, kwargs = "cifar_wide_resnet", {"num_classes": int(kwargs["dataset"].removeprefix("cifar"))}
+    if key == "cifar_wide_resnet":
+        kwargs = {**kwargs, "depth": 10, "widen_factor": 1}
+    if key == "timm":
+        one_layer = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+        kwargs = {**kwargs, **one_layer, "img_size": MAX_CIFAR_SIZE, "pretrained": False}
+    return {**block, "key": key, "kwargs": kwargs}
+
+
 def load_config(path: str | Path, *, images: int = 8, **replacements: Any) -> dict[str, Any]:
-    """A configuration as torchdistill loads it, cut down to ``images`` random images, small batches and one epoch.
+    """A configuration as torchdistill loads it, cut down to what a test can afford.
+
+    That is ``images`` random images in each data set, small batches, one epoch, two steps a search, and the networks of
+    :func:`small_model`.
 
     Args:
         path: YAML file; a relative path starts in ``configs/``.
@@ -64,13 +106,22 @@ def load_config(path: str | Path, *, images: int = 8, **replacements: Any) -> di
     """
     fake = partial(RandomImages, count=images)
     with (
+        mock.patch("torchvision.datasets.CIFAR10", partial(fake, size=32, mode="RGB", num_classes=10)),
         mock.patch("torchvision.datasets.CIFAR100", partial(fake, size=32, mode="RGB", num_classes=100)),
         mock.patch("torchvision.datasets.ImageFolder", partial(fake, size=MAX_SIZE, mode="RGB", num_classes=1000)),
         mock.patch("torchdistill_adv.datasets.Digits", partial(fake, size=8, mode="L", num_classes=10)),
+        # a part of 50,000 images is all of these few
+        mock.patch("torch.utils.data.Subset", lambda dataset, indices: Subset(dataset, range(len(dataset)))),
+        mock.patch("torchdistill_adv.datasets.MixedWithGenerated", mixed_with_random_images),
     ):
         config: dict[str, Any] = load_yaml_file(str(CONFIGS / path))
-    small = {"num_epochs": 1, "batch_size": 4, "num_workers": 0, "pin_memory": False, "src_ckpt": None}
-    small |= {"teacher_model.kwargs.weights": None}
+    config["models"] = {name: small_model(block) for name, block in config["models"].items()}
+    # torchdistill's ResNets pool a last map of 8 x 8, so they need the whole image
+    if not any(block["key"].startswith("resnet") for block in config["models"].values()):
+        for dataset in config["datasets"].values():
+            base_of(getattr(dataset, "original", dataset)).max_size = MAX_CIFAR_SIZE
+    small: dict[str, Any] = {"num_epochs": 1, "batch_size": 4, "num_workers": 0, "pin_memory": False, "src_ckpt": None}
+    small |= {"teacher_model.kwargs.weights": None, "begin_epoch": 0, "num_steps": lambda steps: min(steps, MAX_STEPS)}
     # CRD's memory bank has a slot for every image
     small |= {"num_samples": images, "output_size": images, "num_negative_samples": 4}
     for name, value in small.items():
@@ -82,13 +133,13 @@ def load_config(path: str | Path, *, images: int = 8, **replacements: Any) -> di
 
 
 def _replace(node: Any, name: str, value: Any, path: str = "") -> bool:
-    """Set every entry below ``node`` whose dotted path ends in ``name``; whether there was one."""
+    """Set every entry below ``node`` whose dotted path ends in ``name``, or apply a function; whether there was one."""
     found = False
     if isinstance(node, dict):
         for key in node:
             entry = f"{path}.{key}"
             if entry.endswith(f".{name}"):
-                node[key] = value
+                node[key] = value(node[key]) if callable(value) else value
                 found = True
             else:
                 found |= _replace(node[key], name, value, entry)

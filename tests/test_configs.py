@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from support import CONFIGS, adversarial_terms, load_config, make_box, read_config, stages, train
+from torch import nn
+from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
 from torchdistill_adv.losses import AdversarialTerm
 
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 TALD = [path for path in ALL if "_tald" in Path(path).name]
+ROBUST = [path for path in ALL if "Written by configs/make.py" in (CONFIGS / path).read_text()]
+CIFAR_ROBUST = [path for path in ROBUST if path.startswith("cifar")]
+DIGITS_ROBUST = [path for path in ROBUST if path.startswith("digits/robust/")]
+
+
+read = functools.cache(read_config)
 
 
 def student_of(config):
     models = config["models"]
     return models["student_model"] if "student_model" in models else models["model"]
+
+
+def is_label_free(block):
+    return block["criterion"]["kwargs"].get("label_free", False)
+
+
+def give_several_classes(network, images):
+    """An untrained network gives all images one class: take what its logits have in common away."""
+    [*_, last] = (module for module in network.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        last.bias -= network.eval()(images).mean(0)
 
 
 # every configuration trains
@@ -38,6 +61,8 @@ def test_every_stage_trains(path, tmp_path, monkeypatch):
 
     monkeypatch.setattr(AdversarialTerm, "forward", spy)
     box = make_box(config)
+    if any(is_label_free(block) for stage in stages(config).values() for block in adversarial_terms(stage).values()):
+        give_several_classes(box.org_teacher_model, next(iter(box.train_data_loader))[0])
     student = box.org_student_model if "teacher_model" in config["models"] else box.org_model
     before = [parameter.detach().clone() for parameter in student.parameters()]
     losses = list(train(box, max_steps=2))
@@ -124,6 +149,8 @@ PRESETS = {
     "cifar100/kd_tald_median-resnet20_from_resnet56.yaml": TALD_CIFAR100 | {"bandwidth": "median"},
     "cifar100/kd_tald_code_exact-resnet20_from_resnet56.yaml": TALD_CODE,
     **{f"imagenet/{h}_tald-resnet18_from_resnet34.yaml": TALD_IMAGENET for h in ("kd", "at", "ft", "crd", "sskd")},
+    "cifar10/trades/adaad_tald-resnet18.yaml": TALD_CIFAR100 | {"bandwidth": "median"},
+    "digits/robust/adaad_tald.yaml": TALD_CIFAR100 | {"bandwidth": "median"},
 }
 DEFAULTS = {"student_bn": "batch"}
 
@@ -179,7 +206,8 @@ HOSTS = {
 
 @pytest.mark.parametrize("path", TALD)
 def test_preset_has_the_papers_values(path):
-    [term] = [block for stage in stages(read_config(path)).values() for block in adversarial_terms(stage).values()]
+    [*_, stage] = stages(read_config(path)).values()
+    term = stage["criterion"]["kwargs"]["sub_terms"]["tald"]
     kwargs = dict(term["criterion"]["kwargs"])
     adversary, threat = kwargs.pop("adversary"), kwargs.pop("threat")
     options = adversary["kwargs"]
@@ -188,19 +216,234 @@ def test_preset_has_the_papers_values(path):
     mean, std = threat.pop("mean"), threat.pop("std")
     assert {**options, **threat, **kwargs, "weight": term["weight"]} == DEFAULTS | PRESETS[path]
     assert adversary["key"] == ("VirtualSVGD" if "probe_radius" in PRESETS[path] else "SVGD")
-    assert (CONFIGS / path).read_text().count(f"{{mean: {mean}, std: {std}}}") == 1, "the threat has Normalize's values"
+    text = (CONFIGS / path).read_text()
+    if "Normalize" in text:
+        assert text.count(f"{{mean: {mean}, std: {std}}}") == 1, "the threat has Normalize's values"
+    else:
+        assert (mean, std) == ([0], [1])
+
+
+def settings(stage):
+    """Schedule and terms of a stage by short names."""
+    found = stage["optimizer"]["kwargs"] | stage.get("scheduler", {}).get("kwargs", {})
+    found |= {"num_epochs": stage["num_epochs"]}
+    found |= {"batch_size": stage.get("train_data_loader", {}).get("kwargs", {}).get("batch_size")}
+    for name, block in stage["criterion"]["kwargs"]["sub_terms"].items():
+        kwargs = block["criterion"]["kwargs"] | {"weight": block["weight"]}
+        adversary, threat = kwargs.pop("adversary", {}), kwargs.pop("threat", {})
+        found |= {f"{name}.{key}": value for key, value in {**kwargs, **adversary.get("kwargs", {}), **threat}.items()}
+    return found
 
 
 @pytest.mark.parametrize("path", HOSTS)
 def test_host_has_the_published_values(path):
     for stage, expected in zip(stages(read_config(path)).values(), HOSTS[path], strict=True):
-        found = stage["optimizer"]["kwargs"] | stage.get("scheduler", {}).get("kwargs", {})
-        found |= {"num_epochs": stage["num_epochs"]}
-        found |= {"batch_size": stage.get("train_data_loader", {}).get("kwargs", {}).get("batch_size")}
-        for name, block in stage["criterion"]["kwargs"]["sub_terms"].items():
-            values = block["criterion"]["kwargs"] | {"weight": block["weight"]}
-            found |= {f"{name}.{key}": value for key, value in values.items()}
+        found = settings(stage)
         assert expected == {key: found.get(key) for key in expected}
+
+
+ADAAD_RECIPE = {
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "batch_size": 128,
+    "num_epochs": 200,
+    "milestones": [100, 150],
+    "gamma": 0.1,
+}
+PIXELS = {"norm": "linf", "eps": "8/255", "space": "pixel", "mean": [0], "std": [1]}
+SEARCH = {"num_steps": 10, "step_size": "2/255", "start": "gaussian", "weight": 1.0, **PIXELS}
+SVGD = {"num_particles": 4, "noise_factor": 1.0, "bandwidth": "median", "norm": "linf", "start": None}
+TRADES = {"num_epochs": 76, "milestones": [74], "weight_decay": 2e-4, "trades.beta": 6.0}
+IAD = {"iad.temperature": 1.0, "iad.beta": 0.1, "iad.start": "uniform"}
+RSLAD = {"rslad.alpha": "5/6", "rslad.objective": "kl_clean_teacher_student"}
+ADAAD = {"adaad.alpha": 1.0, "adaad.temperature": 1.0, "adaad.objective": "kl_teacher_student"}
+PARTS = {f"darwin.{part}_weight": 1.0 for part in ("arkd", "iakd", "dbkd")}
+DARWIN = {"darwin.beta": 1.0, "darwin.gamma": 0.5, **PARTS, "darwin.pairing": "dataset", "darwin.label_free": None}
+NO_PAIRS = {"darwin.dbkd_weight": 0.0, "darwin.pairing": None}
+SMARAAD = {"matching": "slack", "alignment": "attribution", "start": "uniform", "plus_plus": None}
+SMARAAD = {f"smaraad.{key}": value for key, value in SMARAAD.items()}
+BSS = {"batch_size": 256, "num_epochs": 80, "milestones": [40, 60], "weight_decay": 1e-4}
+BOUNDARY = {"num_base": 64, "temperature": 3.0, "kd_weight": 3.0, "bss_weight": 2.0, "num_steps": 10, "step_size": 0.3}
+BOUNDARY |= {"norm": "l2", "eps": float("inf"), "space": "input", "start": None}
+BOUNDARY |= {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}
+# by the beginning of the file's name; what is not named here is the recipe of AdaAD, and SEARCH for every term
+METHODS = {
+    "pgd_at": {"num_epochs": 110, "milestones": [100, 105]},
+    "trades": TRADES,
+    "trades_teacher": TRADES,
+    "ce_teacher": {},
+    "pgd_at_teacher": {"num_epochs": 40, "milestones": [35, 38], "batch_size": 64, "weight_decay": 1e-4},
+    "ard": {"ard.alpha": 1.0, "ard.temperature": 30.0, "ard.start": "uniform"},
+    "iad": IAD | {"iad.variant": "I", "iad.begin_epoch": 60, "iad.weigh_teacher": False},
+    "iad_ii": IAD | {"iad.variant": "II", "iad.begin_epoch": 40},
+    "rslad": RSLAD,
+    "rslad_igdm": RSLAD | {"igdm.objective": "kl_clean_teacher_student"},
+    "akd": {"akd.teacher_share": 0.5},
+    "akd2": {
+        "akd2.robust_weight": 0.6,
+        "akd2.standard_weight": 0.1,
+        "akd2.temperature": 2.0,
+        "akd2.start": "uniform",
+    },
+    "adaad": ADAAD,
+    "adaad_igdm": ADAAD | {"igdm.objective": "kl_teacher_student"},
+    "adaad_tald": ADAAD,
+    "adaad_eps16": ADAAD | {"adaad.eps": "16/255", "adaad.step_size": "4/255"},
+    "adaiad": {"adaiad.temperature": 30.0, "adaiad.beta": 0.1, "adaiad.begin_epoch": 60, "adaiad.weigh_teacher": False},
+    "dgad": {"dgad.beta": 1.0},
+    "gacd": {},
+    "crdnd": {},
+    "arkd": DARWIN | NO_PAIRS | {"darwin.iakd_weight": 0.0},
+    "arkd_iakd": DARWIN | NO_PAIRS,
+    "arkd_dbkd": DARWIN | {"darwin.iakd_weight": 0.0},
+    "darwin": DARWIN,
+    "darwin_lf": DARWIN | {"darwin.pairing": "batch", "darwin.label_free": True},
+    "darwin_svgd": DARWIN | {f"darwin.{key}": value for key, value in SVGD.items()},
+    "smaraad": SMARAAD,
+    "smaraad_pp": SMARAAD | {"smaraad.plus_plus": True, "smaraad.beta": 0.1},
+    "smaraad_kl": SMARAAD | {"smaraad.matching": "kl"},
+    "smaraad_feature": SMARAAD | {"smaraad.alignment": "feature"},
+    "bss": BSS | {f"bss.{key}": value for key, value in BOUNDARY.items()},
+}
+
+
+@pytest.mark.parametrize("path", CIFAR_ROBUST)
+def test_method_has_the_published_values(path):
+    found = settings(read_config(path)["train"])
+    terms = {key.split(".")[0] for key in found if "." in key} - {"ce", "tald"}  # which have tests of their own
+    expected = ADAAD_RECIPE | {f"{term}.{key}": value for term in terms for key, value in SEARCH.items()}
+    expected |= METHODS[Path(path).name.split("-")[0]]
+    if path.startswith("cifar10/bss"):
+        expected |= BSS
+    if "igdm" in terms:
+        expected["igdm.weight"] = 1.0 if path.startswith("cifar10/") else 10.0
+    assert expected == {key: found.get(key) for key in expected}
+
+
+WRN = ("cifar_wide_resnet", {"depth": 34, "widen_factor": 10})
+TRANSFORMER = {"img_size": 32, "patch_size": 4, "pretrained": False}
+TEACHERS = {
+    "cifar10/robustbench": ("robustbench", {"model_name": "Chen2021LTD_WRN34_20", "dataset": "cifar10"}),
+    "cifar100/robustbench": ("robustbench", {"model_name": "Chen2021LTD_WRN34_10", "dataset": "cifar100"}),
+    "cifar10/trades": WRN,
+    "cifar100/trades": WRN,
+    "cifar10/vit": ("timm", TRANSFORMER),
+    "cifar10/generated": ("cifar_resnet18", {}),
+    "cifar100/generated": ("cifar_resnet18", {}),
+    "cifar10/bss": ("resnet56", {}),
+}
+NETWORKS = {"resnet18": "cifar_resnet18", "mobilenetv2": "cifar_mobilenet_v2", "resnet20": "resnet20"}
+
+
+@pytest.mark.parametrize("path", [path for path in CIFAR_ROBUST if path.count("/") == 2 and "_teacher" not in path])
+def test_networks_are_those_of_folder_and_name(path):
+    models = read(path)["models"]
+    folder, name = path.rsplit("/", 1)
+    num_classes = int(re.match(r"cifar(\d+)", path)[1])
+    student = re.fullmatch(r"\w+?-([a-z0-9]+)(_from_\w+)?\.yaml", name)[1]
+    assert models["student_model"]["key"] == NETWORKS[student]
+    assert models["student_model"]["kwargs"]["num_classes"] == num_classes
+    teacher = models["teacher_model"]
+    if teacher["key"] == "teacher_pair":
+        teacher = teacher["kwargs"]["robust"]["kwargs"]["model"]
+    key, kwargs = TEACHERS[folder]
+    classes = {} if key == "robustbench" else {"num_classes": num_classes}
+    assert teacher["key"] == key and (kwargs | classes).items() <= teacher["kwargs"].items()
+
+
+@pytest.mark.parametrize(
+    ("path", "numbers"),
+    [
+        ("cifar10/pgd_at-mobilenetv2", "77.54 % clean, 49.90 % PGD-10, 44.56 % AutoAttack (in AdaAD's paper"),
+        ("cifar10/robustbench/adaad-resnet18", "85.58 % clean, 56.40 % PGD-10, 51.37 % AutoAttack (in AdaAD's"),
+        ("cifar10/robustbench/adaiad-mobilenetv2", "84.63 % clean, 54.97 % PGD-10, 49.29 % AutoAttack"),
+        ("cifar10/trades/rslad-resnet18", "83.12 % clean, 53.91 % PGD-20, 51.19 % AutoAttack (in DARWIN's paper"),
+        ("cifar10/trades/darwin-mobilenetv2", "84.06 % clean, 53.94 % PGD-20, 51.28 % AutoAttack"),
+        ("cifar100/trades/darwin_lf-mobilenetv2", "58.41 % clean, 31.44 % PGD-20, 26.58 % AutoAttack"),
+        ("cifar100/trades/arkd_dbkd-resnet18", "59.23 % clean, 31.53 % PGD-20 (in DARWIN's ablation"),
+        ("cifar10/vit/darwin_lf-mobilenetv2_from_deit_s", "51.13 % AutoAttack (in DARWIN's paper"),
+        ("cifar10/generated/iad-resnet18", "82.95 % clean, 53.47 % robust (in DARWIN's paper"),
+    ],
+)
+def test_header_has_the_published_numbers(path, numbers):
+    text = (CONFIGS / f"{path}.yaml").read_text()
+    assert f"Published, not reproduced: {numbers}" in text.replace("\n# ", " ")
+
+
+# the robust family: nothing is selected on the test set, and students of one folder compare
+
+
+@pytest.mark.parametrize("path", CIFAR_ROBUST)
+def test_validation_images_are_held_out(path):
+    config = read(path)
+    folder = path.split("/")[0]
+    parts = {name: config["datasets"].get(f"{folder}/{name}") for name in ("original", "train", "val", "test")}
+    train = parts["train"] if parts["original"] is None else parts["original"]
+
+    def images(part):
+        return set(range(*part["init"]["kwargs"]["indices"]["init"]["args"]))
+
+    assert not images(train) & images(parts["val"]) and len(images(train) | images(parts["val"])) == 50_000
+    sources = [part["init"]["kwargs"]["dataset"]["init"]["kwargs"] for part in (train, parts["val"])]
+    assert [source["train"] for source in sources] == [True, True]
+    assert "RandomCrop" in str(sources[0]["transform"]) and "Random" not in str(sources[1]["transform"])
+    assert parts["test"]["init"]["kwargs"]["train"] is False
+    assert "Random" not in str(parts["test"]["init"]["kwargs"]["transform"])
+    loaders = config["train"] | config["test"]
+    for name in ("train", "val", "test"):
+        assert loaders[f"{name}_data_loader"]["dataset_id"] == f"{folder}/{name}"
+    assert config["train"]["train_data_loader"]["kwargs"]["drop_last"] is True
+
+
+def robust_teacher_of(config):
+    """Checkpoint and model of the teacher, the robust one of two."""
+    return next(trained_teachers(config["models"].get("teacher_model")), (None, None))
+
+
+def test_digits_students_have_one_teacher_and_one_radius():
+    students = [path for path in DIGITS_ROBUST if "teacher" not in path]
+    alone = {"ce", "pgd_at", "trades"}
+    teachers = {robust_teacher_of(read(path))[0] for path in students if Path(path).stem not in alone}
+    assert teachers == {read("digits/robust/trades_teacher.yaml")["models"]["model"]["dst_ckpt"]}
+    found = [settings(read(path)["train"]) for path in DIGITS_ROBUST]
+    other_balls = ("tald.eps", "bss.eps")
+    radii = {one[key] for one in found for key in one if key.endswith(".eps") and key not in other_balls}
+    assert radii == {0.15}
+    assert {(one["num_epochs"], *one["milestones"]) for one in found} == {(30, 20, 27)}
+
+
+def test_every_loss_has_a_digits_config():
+    terms = [read(path)["train"]["criterion"]["kwargs"]["sub_terms"].values() for path in DIGITS_ROBUST]
+    used = {block["criterion"]["key"] for blocks in terms for block in blocks}
+    ours = {key for key, loss in MIDDLE_LEVEL_LOSS_DICT.items() if loss.__module__.startswith("torchdistill_adv")}
+    assert ours and ours <= used
+
+
+def make(folder, *options):
+    command = [sys.executable, str(folder / "make.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_make_would_write_what_is_there():
+    result = make(CONFIGS, "--check")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_make_finds_and_mends_what_differs(tmp_path):
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIGS, folder)
+    changed, missing, extra = (folder / "digits" / "robust" / f"{name}.yaml" for name in ("ard", "iad", "other"))
+    extra.write_text(changed.read_text())
+    changed.write_text(changed.read_text().replace("alpha: 1.0", "alpha: 0.9"))
+    missing.unlink()
+    result = make(folder, "--check")
+    expected = "digits/robust/ard.yaml\ndigits/robust/iad.yaml\ndigits/robust/other.yaml\n"
+    assert (result.returncode, result.stdout) == (1, expected)
+    assert not missing.exists()
+    assert make(folder).returncode == 0
+    assert missing.exists() and not extra.exists() and "alpha: 1.0" in changed.read_text()
+    assert make(folder, "--check").returncode == 0
 
 
 # files
@@ -211,12 +454,39 @@ def test_header_has_the_command(path):
     assert f"#   torchdistill-adv train --config configs/{path}\n" in (CONFIGS / path).read_text()
 
 
-@pytest.mark.parametrize("path", [path for path in ALL if re.match(r"(digits|cifar100)/[^/]*kd", path)])
+def trained_teachers(block):
+    """Checkpoint and model of every part of a teacher that another configuration trains."""
+    if block is not None and block["key"] == "teacher_pair":
+        for part in block["kwargs"].values():
+            yield part["kwargs"]["checkpoint"], part["kwargs"]["model"]
+    elif block is not None and block.get("src_ckpt"):
+        yield block["src_ckpt"], block
+
+
+@functools.cache
+def configs_by_checkpoint():
+    return {student_of(config)["dst_ckpt"]: config for config in map(read, ALL)}
+
+
+def without_download(kwargs):
+    return {name: value for name, value in kwargs.items() if name != "pretrained"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in ALL if re.search("(src_ckpt|point): '", (CONFIGS / path).read_text())]
+)
 def test_teacher_is_what_another_config_trains(path):
-    teacher = read_config(path)["models"]["teacher_model"]
-    trained = {student_of(config)["dst_ckpt"]: student_of(config) for config in map(read_config, ALL)}
-    source = trained[teacher["src_ckpt"]]
-    assert (source["key"], source["kwargs"]) == (teacher["key"], teacher["kwargs"])
+    config = read(path)
+    teachers = list(trained_teachers(config["models"]["teacher_model"]))
+    assert len(teachers) == (2 if config["models"]["teacher_model"]["key"] == "teacher_pair" else 1)
+    for checkpoint, block in teachers:
+        trained = configs_by_checkpoint()[checkpoint]
+        source = student_of(trained)
+        assert source["key"] == block["key"]
+        assert without_download(source["kwargs"]) == without_download(block["kwargs"])
+        # and it sees images as it did in its training
+        test_set = config["test"]["test_data_loader"]["dataset_id"]
+        assert trained["datasets"][test_set] == config["datasets"][test_set]
 
 
 def written_files(node, key=""):
@@ -226,6 +496,6 @@ def written_files(node, key=""):
 
 
 def test_no_two_configs_write_the_same_file():
-    counts = Counter(file for path in ALL for file in written_files(read_config(path)))
+    counts = Counter(file for path in ALL for file in written_files(read(path)))
     assert counts and set(counts.values()) == {1}
     assert all(file.startswith("./resource/ckpt/") and file.endswith(".pt") for file in counts)

@@ -36,7 +36,7 @@ def soft_rank(values: Tensor, sharpness: float) -> Tensor:
 def soft_spearman(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sharpness: float = 10.0,
+    sharpness: float = 2.0,
     top_k: int | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
@@ -50,7 +50,7 @@ def soft_spearman(
     Paper: as for :func:`soft_rank`, Algorithm 2, which returns :math:`-\rho`.
 
     **Our reading** (the paper says neither what is ranked nor how sharply): logits, those of each network divided by
-    their standard deviation over the ranked classes, so that one sharpness fits any network; sharpness 10; ``top_k``
+    their standard deviation over the ranked classes, so that one sharpness fits any network; sharpness 2; ``top_k``
     and ``labels``. A row whose logits are equal up to rounding is not divided.
 
     Args:
