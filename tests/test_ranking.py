@@ -62,7 +62,7 @@ def test_correlation_is_algorithm_2(sharpness, classes):
 
 def test_gradient_is_that_of_finite_differences_of_the_loops():
     student, teacher = logits(1, rows=2).requires_grad_(), logits(2, rows=2)
-    (gradient,) = torch.autograd.grad(soft_spearman(student, teacher).sum(), student)
+    (gradient,) = torch.autograd.grad(soft_spearman(student, teacher, 10.0).sum(), student)
     for r in range(2):
         for c in range(student.shape[1]):
             values = []
@@ -171,7 +171,7 @@ def test_top_k_ranks_the_teachers_first_classes():
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
         first = sorted(range(9), key=lambda c: -t[c])[:4]
         rows.append(slow_spearman([s[c] for c in first], [t[c] for c in first], 10.0))
-    found = soft_spearman(student, teacher, top_k=4)
+    found = soft_spearman(student, teacher, 10.0, top_k=4)
     assert torch.allclose(found, torch.tensor(rows, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
@@ -183,7 +183,7 @@ def test_labels_are_among_the_top_k():
         chosen = order[:4] if label in order[:4] else [*order[:3], label]
         s, t = student[label].tolist(), teacher[label].tolist()
         expected.append(slow_spearman([s[c] for c in chosen], [t[c] for c in chosen], 10.0))
-    found = soft_spearman(student, teacher, top_k=4, labels=torch.arange(9))
+    found = soft_spearman(student, teacher, 10.0, top_k=4, labels=torch.arange(9))
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
 
 

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchdistill_adv.divergences import wide
 from torchdistill_adv.errors import ConfigError, nearest
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers
+from torchdistill_adv.inputs import check_logits
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def _features(network: nn.Module, layout: Layout, rows: Tensor, as_input: bool =
         return output
 
     with network.get_submodule(layout.feature).register_forward_hook(keep):
-        logits = network(rows)
+        logits = check_logits(network(rows), type(network).__name__, "maps need")
     (features,) = seen
     return logits, features.relu() if layout.relu else features
 

@@ -209,7 +209,9 @@ class Step:
                 binding.noise_for(search, images),
                 known,
             )
-            examples = search.adversary(search.objective.bind(view), images, search.threat, view.noise)
+            with inside("objective.kwargs" if "objective" in term.options else ""):
+                objective = search.objective.bind(view)
+            examples = search.adversary(objective, images, search.threat, view.noise)
         if not bool(torch.isfinite(examples.rows).all()):
             raise NonFiniteError(
                 f"{term.path}: the search found NaN or infinite examples at {binding.when()}; "

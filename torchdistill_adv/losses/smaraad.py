@@ -13,7 +13,6 @@ from torchdistill_adv.attribution import class_activation_maps, feature_maps, la
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import choice, flag, number, optional_integer
 from torchdistill_adv.divergences import kl_divergence
-from torchdistill_adv.errors import inside
 from torchdistill_adv.guards import on_cloned_buffers
 from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm, Cost, Search, with_options
 from torchdistill_adv.losses.iad import trust
@@ -66,8 +65,9 @@ class SmaraADLoss(AdversarialTerm):
     Args:
         matching: m: ``slack``, or ``kl`` for the divergence in its place.
         alignment: d: ``attribution``, ``feature`` (maps that know no class, in the search too) or ``none``.
-        offset: c.
-        alignment_weight: alpha.
+        offset: c, which has no gradient and makes the values positive.
+        alignment_weight: alpha. With maps, the clean images pass both networks once more than the host's own pass, in
+            which nothing is hooked.
         sharpness: slope of the soft ranks.
         top_k: rank only the classes that the teacher puts first, and y; for 1,000 classes.
         plus_plus: SmaraAD++.
@@ -126,12 +126,13 @@ class SmaraADLoss(AdversarialTerm):
         self.label_free = flag(label_free, "label_free")
         if "objective" not in self.options:
             modules = {"student_module": student_module, "teacher_module": teacher_module}
-            given = () if self.alignment == "none" else tuple(modules.items())
-            self.objective = Objective(OBJECTIVES[self.alignment], given)
+            given = {name: path for name, path in modules.items() if path is not None and self.alignment != "none"}
+            self.objective = Objective(OBJECTIVES[self.alignment], tuple(given.items()))
 
     @property
     def needs_labels(self) -> bool:
-        uses_classes = self.alignment == "attribution" or self.plus_plus or self.top_k is not None
+        ranks_some = self.is_slack and self.top_k is not None
+        uses_classes = self.alignment == "attribution" or self.plus_plus or ranks_some
         return not self.label_free and (uses_classes or super().needs_labels)
 
     def plan(self) -> tuple[Search, ...]:
@@ -162,8 +163,7 @@ class SmaraADLoss(AdversarialTerm):
     def _match(self, target: Tensor, student: Tensor, classes: Tensor | None) -> Tensor:
         if not self.is_slack:
             return kl_divergence(target, student)
-        with inside("top_k"):
-            return self.offset - soft_spearman(student, target, self.sharpness, self.top_k, classes)
+        return self.offset - soft_spearman(student, target, self.sharpness, self.top_k, classes)
 
     def _aligned(self, step: Step, rows: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of student and teacher on ``rows``, (R, num_classes), and the mean distance of their maps."""
