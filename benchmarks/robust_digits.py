@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/robust_digits.py --jobs 2
 
 trains the teachers of ``configs/digits/robust``, then every other config there with every seed, attacks the students
-of the last epoch with PGD-20 on the test set, and writes the table to ``docs/robust_digits.md``. Each finished run is a
-file in ``results/robust_digits``, and is not run again.
+of the last epoch with PGD-20 on the test set, and writes the table to ``docs/robust_digits.md`` as it goes. Each
+finished run is a file in ``results/robust_digits``, and is not run again.
 """
 
 from __future__ import annotations
@@ -151,9 +151,9 @@ def main() -> None:
         for number, done in enumerate(as_completed(waiting), 1):
             files.append(done.result())
             print(f"{number}/{len(waiting)} {files[-1].stem}", flush=True)
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    write_page(results)
-    print(table(results))
+            # a study that is stopped leaves the table of what it has done
+            write_page([json.loads(file.read_text(encoding="utf-8")) for file in files])
+    print(PAGE.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
