@@ -5,6 +5,7 @@ A row is the block of a term. Its options make it cheap; the rest are its defaul
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -59,7 +60,7 @@ ADVERSARY_ROWS = {
     "FGSM": row("AdaADLoss", adversary="FGSM"),
     "SVGD": row("AdaADLoss", adversary="SVGD", threat=L2),
     "VirtualSVGD": row("AdaADLoss", adversary="VirtualSVGD", threat=L2),
-    "BSS": row("AdaADLoss", adversary="BSS", threat=L2),
+    "BSS": row("AdaADLoss", adversary="BSS", threat=L2, objective="gap_teacher"),
 }
 OBJECTIVE_ROWS = {key: row("AdaADLoss", objective=key) for key in OBJECTIVES}
 
@@ -95,6 +96,18 @@ class TwoTeachers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.robust(x)
+
+
+def batch_for(name: str, teacher: nn.Module, student: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels; for BSS, which starts from images that both networks get right, what both of them say."""
+    x, y = images()
+    if name != "BSSLoss":
+        return x, y
+    with torch.no_grad(), torch.random.fork_rng():
+        says = copy.deepcopy(teacher).float().eval()(x).argmax(1)
+        right = says == copy.deepcopy(student).float().train()(x).argmax(1)
+    assert right.sum() >= 2
+    return x, torch.where(right, says, y)
 
 
 def pairs(y: torch.Tensor, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

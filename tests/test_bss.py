@@ -367,7 +367,7 @@ def test_defaults_are_the_official_code():
     box.pre_epoch_process(epoch=0)
     bss = term(box, "bss")
     assert bss.search.adversary == BSS(num_steps=10, step_size=0.3, overshoot=1e-4, norm_power=1)
-    assert (bss.search.objective, bss.student_bn) == (Objective("gap_teacher"), "train")
+    assert (bss.search.objective, bss.student_bn) == (Objective.build("gap_teacher"), "train")
     assert (bss.num_base, bss.temperature, bss.kd_weight, bss.bss_weight) == (64, 3, 3, 2)
 
 

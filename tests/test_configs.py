@@ -226,7 +226,7 @@ def test_preset_has_the_papers_values(path):
 def settings(stage):
     """Schedule and terms of a stage by short names."""
     found = stage["optimizer"]["kwargs"] | stage.get("scheduler", {}).get("kwargs", {})
-    found |= {"num_epochs": stage["num_epochs"]}
+    found |= {"num_epochs": stage["num_epochs"], "max_grad_norm": stage["optimizer"].get("max_grad_norm")}
     found |= {"batch_size": stage.get("train_data_loader", {}).get("kwargs", {}).get("batch_size")}
     for name, block in stage["criterion"]["kwargs"]["sub_terms"].items():
         kwargs = block["criterion"]["kwargs"] | {"weight": block["weight"]}
@@ -250,6 +250,7 @@ ADAAD_RECIPE = {
     "num_epochs": 200,
     "milestones": [100, 150],
     "gamma": 0.1,
+    "max_grad_norm": None,
 }
 PIXELS = {"norm": "linf", "eps": "8/255", "space": "pixel", "mean": [0], "std": [1]}
 SEARCH = {"num_steps": 10, "step_size": "2/255", "start": "gaussian", "weight": 1.0, **PIXELS}
@@ -273,7 +274,13 @@ METHODS = {
     "trades": TRADES,
     "trades_teacher": TRADES,
     "ce_teacher": {},
-    "pgd_at_teacher": {"num_epochs": 40, "milestones": [35, 38], "batch_size": 64, "weight_decay": 1e-4},
+    "pgd_at_teacher": {
+        "num_epochs": 40,
+        "milestones": [35, 38],
+        "batch_size": 64,
+        "weight_decay": 1e-4,
+        "max_grad_norm": 1.0,
+    },
     "ard": {"ard.alpha": 1.0, "ard.temperature": 30.0, "ard.start": "uniform"},
     "iad": IAD | {"iad.variant": "I", "iad.begin_epoch": 60, "iad.weigh_teacher": False},
     "iad_ii": IAD | {"iad.variant": "II", "iad.begin_epoch": 40},
@@ -292,7 +299,7 @@ METHODS = {
     "adaad_eps16": ADAAD | {"adaad.eps": "16/255", "adaad.step_size": "4/255"},
     "adaiad": {"adaiad.temperature": 30.0, "adaiad.beta": 0.1, "adaiad.begin_epoch": 60, "adaiad.weigh_teacher": False},
     "dgad": {"dgad.beta": 1.0},
-    "gacd": {},
+    "gacd": {"max_grad_norm": 1.0},
     "crdnd": {},
     "arkd": DARWIN | NO_PAIRS | {"darwin.iakd_weight": 0.0},
     "arkd_iakd": DARWIN | NO_PAIRS,

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import yaml
-from contract import NEEDS_TWO_CLASSES, ROWS, WITHOUT_TEACHER, TwoTeachers, pairs, unregistered
+from contract import NEEDS_TWO_CLASSES, ROWS, WITHOUT_TEACHER, TwoTeachers, batch_for, pairs, unregistered
 from tiny import CE, images, network, step, tiny_box
 
 from torchdistill_adv.errors import ConfigError
@@ -24,15 +24,22 @@ def block_of(name, **options):
 
 
 def make(name, *, others=(), student=None, teacher=None, double=False, **options):
-    teacher = teacher or TwoTeachers(network(1, width=8), network(3, width=8))
+    # a teacher that says the same as the student for some images
+    robust = network(2) if name == "BSSLoss" else network(1, width=8)
+    teacher = teacher or TwoTeachers(robust, network(3, width=8))
     sub_terms = {**dict(others), "term": block_of(name, **options)}
-    return tiny_box(sub_terms, student=student or network(2), teacher=teacher, double=double)
+    # BSS has no samples in the last quarter of the epochs
+    return tiny_box(sub_terms, student=student or network(2), teacher=teacher, double=double, num_epochs=4)
 
 
 def begin(name, **options):
     box = make(name, **options)
     box.pre_epoch_process(epoch=0)
     return box
+
+
+def batch(name, box):
+    return batch_for(name, box.org_teacher_model, box.org_student_model)
 
 
 def forward(box, x, y):
@@ -51,7 +58,7 @@ def test_everything_registered_has_a_row():
 def test_trains_the_student_and_not_the_teacher(name):
     box = begin(name)
     before = copy.deepcopy(box.org_teacher_model.state_dict())
-    loss = forward(box, *images())
+    loss = forward(box, *batch(name, box))
     loss.backward()
     gradient = gradient_of(box.org_student_model)
     assert torch.isfinite(loss) and torch.isfinite(gradient).all() and gradient.abs().sum() > 0
@@ -72,9 +79,11 @@ def test_examples_are_in_the_ball_and_the_range(name, monkeypatch):
         return examples
 
     monkeypatch.setattr(Step, "_run", spy)
-    forward(begin(name), *images())
+    box = begin(name)
+    forward(box, *batch(name, box))
     assert found
     for threat, rows, clean in found:
+        assert len(rows) and not torch.equal(rows, clean)
         assert (threat.distance(rows, clean) <= threat.eps * (1 + 1e-5)).all()
         low, high = threat.limits(clean)
         assert (rows >= low - 1e-5).all() and (rows <= high + 1e-5).all()
@@ -98,7 +107,6 @@ def left_behind(box, x, y):
 @every
 def test_leaves_no_trace(name):
     """Against the host alone: a student with dropout and batch normalisation."""
-    x, y = images()
     found = []
     for weight in (1.0, 0.0):
         box = make(name, others={"ce": CE}.items(), student=network(2, dropout=0.3), student_bn="batch")
@@ -107,7 +115,7 @@ def test_leaves_no_trace(name):
         box.pre_epoch_process(epoch=0)
         # the host alone leaves the teacher in train mode
         box.org_teacher_model.eval()
-        found.append(left_behind(box, x, y))
+        found.append(left_behind(box, *batch(name, box)))
     for what, values in found[0].items():
         assert all(map(equal, values, found[1][what])), what
 
@@ -121,7 +129,7 @@ def test_repeats_under_a_seed(name):
     def losses():
         torch.manual_seed(11)
         box = begin(name, student=network(2, dropout=0.3))
-        x, y = images()
+        x, y = batch(name, box)
         return [float(step(box, x, y, pairs(y))) for _ in range(2)]
 
     assert losses() == losses()
@@ -129,8 +137,8 @@ def test_repeats_under_a_seed(name):
 
 @every
 def test_autocast(name):
-    x, y = images()
     box = begin(name)
+    x, y = batch(name, box)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = forward(box, x, y)
     loss.backward()
@@ -141,8 +149,9 @@ def test_autocast(name):
 
 @every
 def test_channels_last(name):
-    x, y = images()
-    expected = forward(begin(name, double=True), x.double(), y)
+    box = begin(name, double=True)
+    x, y = batch(name, box)
+    expected = forward(box, x.double(), y)
     found = forward(begin(name, double=True), x.double().contiguous(memory_format=torch.channels_last), y)
     assert torch.allclose(found, expected, rtol=1e-9)
 
@@ -168,8 +177,7 @@ def test_student_that_equals_the_teacher(name):
     teacher = TwoTeachers(copy.deepcopy(student), copy.deepcopy(student))
     box = begin(name, student=student, teacher=teacher, student_bn="eval", search_bn="eval")
     box.org_student_model.eval()
-    x, y = images()
-    loss = forward(box, x, y)
+    loss = forward(box, *batch(name, box))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(gradient_of(student)).all()
 

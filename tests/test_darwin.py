@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torchdistill_adv.adversaries import PGD
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.losses.darwin import Pairs
+from torchdistill_adv.objectives import Objective
 from torchdistill_adv.step import Step
 
 # wide, so that predictions on clean images and on examples differ
@@ -333,7 +334,7 @@ def test_second_path_is_pgd_with_the_steps_of_the_first_one(searches, adversary)
     expected = {"PGD": (3, 0.1), "SVGD": (3, 0.5), "FGSM": (1, 0.2)}[type(search.adversary).__name__]
     assert (second.adversary.num_steps, second.adversary.step_size) == expected
     assert isinstance(second.adversary, PGD) and second.adversary.targeted
-    assert (second.threat, second.objective.key, second.objective.options) == (search.threat, "ce_student", ())
+    assert (second.threat, second.objective) == (search.threat, Objective.build("ce_student"))
     assert len(targeted.path) == expected[0] == (1 if untargeted.path is None else len(untargeted.path))
 
 

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchdistill_adv.checks import check_logits
 from torchdistill_adv.divergences import wide
 from torchdistill_adv.errors import ConfigError, nearest
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers
-from torchdistill_adv.inputs import check_logits
 
 
 @dataclass(frozen=True)

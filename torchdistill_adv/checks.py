@@ -1,4 +1,4 @@
-"""Parsing and range checks of single settings.
+"""Parsing and range checks of single settings, and of what a network returns.
 
 YAML 1.1 reads ``8/255`` and ``1e-3`` as strings, so every numeric option goes through :func:`number`.
 """
@@ -9,6 +9,8 @@ import math
 from collections.abc import Collection
 from numbers import Real
 from typing import Any
+
+from torch import Tensor
 
 from torchdistill_adv.errors import ConfigError, nearest
 
@@ -82,7 +84,7 @@ def flag(value: Any, name: str) -> bool:
 
 def choice(value: Any, name: str, known: Collection[str]) -> str:
     """One of ``known``."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ConfigError(f"found {value!r}; {nearest(value, known)}", name)
     return str(value)
 
@@ -91,3 +93,15 @@ def put(self: Any, **values: Any) -> None:
     """Set checked values on a frozen dataclass in ``__post_init__``."""
     for name, value in values.items():
         object.__setattr__(self, name, value)
+
+
+def check_logits(logits: Any, path: str, who: str = "adversarial terms need") -> Tensor:
+    """What a network returned, if that is logits (R, num_classes).
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(logits, Tensor) and logits.dim() == 2:
+        return logits
+    found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    raise ConfigError(f"returns {found}; {who} logits (N, num_classes)", path)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdistill_adv.boxes import Side
+from torchdistill_adv.checks import check_logits
 from torchdistill_adv.errors import ConfigError, inside, nearest
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers
 
@@ -107,15 +108,3 @@ def _num_classes(binding: Binding, side: Side, images: Tensor, name: str) -> int
         # under autocast the pass above leaves casts of the weights without a gradient, which the host would use
         torch.clear_autocast_cache()
     return check_logits(logits, f"models.{name}").shape[1]
-
-
-def check_logits(logits: Any, path: str, who: str = "adversarial terms need") -> Tensor:
-    """What a network returned, if that is logits (R, num_classes).
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    if isinstance(logits, Tensor) and logits.dim() == 2:
-        return logits
-    found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-    raise ConfigError(f"returns {found}; {who} logits (N, num_classes)", path)

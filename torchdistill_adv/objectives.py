@@ -9,6 +9,7 @@ To add one, decorate a function with :func:`register_objective`; its further par
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -88,6 +89,7 @@ class Entry:
     attacks: tuple[Who, ...]
     clean: tuple[Who, ...]
     labels: bool
+    has_boundary: bool
     options: Mapping[str, Callable[[Any], Any]]
 
 
@@ -99,6 +101,7 @@ def register_objective(
     attacks: tuple[Who, ...],
     clean: tuple[Who, ...] = (),
     labels: bool = False,
+    has_boundary: bool = False,
     options: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
     key: str | None = None,
 ) -> Callable[[Callable[..., BoundObjective]], Callable[..., BoundObjective]]:
@@ -108,6 +111,7 @@ def register_objective(
         attacks: networks that see the candidate rows, and that the gradient flows through.
         clean: networks whose clean logits are needed.
         labels: whether class labels are needed.
+        has_boundary: whether it is negative until a decision boundary is crossed, and has no gradient beyond.
         options: for YAML options that need it, a check that returns the value, or raises a ConfigError.
         key: YAML key, the function's name unless given.
 
@@ -116,7 +120,7 @@ def register_objective(
     """
 
     def register(function: Callable[..., BoundObjective]) -> Callable[..., BoundObjective]:
-        OBJECTIVES.add(key or function.__name__, Entry(function, attacks, clean, labels, options))
+        OBJECTIVES.add(key or function.__name__, Entry(function, attacks, clean, labels, has_boundary, options))
         return function
 
     return register
@@ -143,6 +147,9 @@ class Objective:
         with inside("kwargs"):
             check_options(entry.function, kwargs, f"objective {key}", skip=1)
             kwargs = {name: entry.options.get(name, lambda v: v)(value) for name, value in kwargs.items()}
+        # an option that is left out is equal to its default
+        parameters = list(inspect.signature(entry.function).parameters.values())[1:]
+        kwargs = {p.name: p.default for p in parameters if p.default is not p.empty} | kwargs
         options = ((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(kwargs.items()))
         return cls(key, tuple(options))
 
@@ -262,6 +269,7 @@ def kl_teacher_student(view: View) -> BoundObjective:
 @register_objective(
     attacks=("teacher",),
     clean=("teacher",),
+    has_boundary=True,
     options={"toward": partial(choice, name="toward", known=("sampled", "runner_up"))},
 )
 def gap_teacher(view: View, toward: str = "sampled") -> BoundObjective:

@@ -13,9 +13,10 @@ from torchdistill.core.interfaces import forward_proc
 
 from torchdistill_adv.adversaries import Examples
 from torchdistill_adv.boxes import IODict, Side
+from torchdistill_adv.checks import check_logits
 from torchdistill_adv.errors import ConfigError, NonFiniteError, inside
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers
-from torchdistill_adv.inputs import check_batch, check_labels, check_logits, check_networks
+from torchdistill_adv.inputs import check_batch, check_labels, check_networks
 from torchdistill_adv.objectives import View
 from torchdistill_adv.sources import Chosen, Source
 

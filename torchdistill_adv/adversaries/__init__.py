@@ -5,6 +5,7 @@ An adversary is a frozen dataclass, so equal settings are equal objects, with
 * ``__call__(objective, x, threat, noise) -> Examples``: ``objective(rows, index) -> (R,)``, ``x`` (N, ...) the clean
   images in model-input space, ``noise`` the random numbers;
 * ``num_rows``: examples an image, and ``num_gradients``: gradients of the objective that it takes, for the cost line;
+* ``needs_boundary``, optional: whether only objectives will do that are negative before a boundary, and flat beyond;
 * ``needs_radius``, optional: whether the radius of the ball must be finite, which is so where it is left out;
 * ``targeted``: whether it descends the objective, toward a chosen class, instead of ascending it.
 

@@ -23,7 +23,8 @@ class BSS:
         x^{(l+1)} = \Pi\Big(x^{(l)}
         + \alpha\, (\xi - \ell(x^{(l)}))\, \frac{\nabla \ell(x^{(l)})}{\|\nabla \ell(x^{(l)})\|_2^p}\Big)
 
-    for an objective that is negative before the boundary and has no gradient beyond it, such as ``gap_teacher``. A row
+    for an objective that is negative before the boundary and has no gradient beyond it, which is ``gap_teacher``; one
+    that is not is refused. A row
     that has crossed stays where it is; the search ends when all have. There is no ball: the threat model's ``eps`` is
     ``.inf`` in the published settings, and its bounds keep the images valid.
 
@@ -70,6 +71,10 @@ class BSS:
         return False
 
     @property
+    def needs_boundary(self) -> bool:
+        return True
+
+    @property
     def needs_radius(self) -> bool:
         return False
 
@@ -90,7 +95,7 @@ class BSS:
             norm = gradient.flatten(1).norm(dim=1)
             if not bool(norm.any()):
                 break
-            length = self.step_size * (self.overshoot - values.to(x.dtype)).clamp_min(0)
+            length = self.step_size * (self.overshoot - values.to(x.dtype))
             if self.norm_power == 2:
                 length = length / norm.clamp_min(torch.finfo(norm.dtype).tiny)
             step = length.view(-1, *[1] * (x.dim() - 1)) * unit_l2(gradient)

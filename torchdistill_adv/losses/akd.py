@@ -66,7 +66,9 @@ class AKDLoss(AdversarialTerm):
     def configure(self, teacher_share: float = 0.5) -> None:
         self.teacher_share = number(teacher_share, "teacher_share", minimum=0, maximum=1)
         if "objective" not in self.options:
-            self.objective = Objective("ce_student_mixed", (("teacher_share", self.teacher_share),))
+            self.objective = Objective.build(
+                {"key": "ce_student_mixed", "kwargs": {"teacher_share": self.teacher_share}}
+            )
 
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         index = step.examples(self.search).index

@@ -292,6 +292,12 @@ class AdversarialTerm(nn.Module):
                 "{key: 'ce_student', kwargs: {target_class: 'runner_up'}} or another one with a target_class",
                 "objective",
             )
+        if getattr(adversary, "needs_boundary", False) and not objective.entry.has_boundary:
+            raise ConfigError(
+                f"found '{objective.key}', which has no boundary for {adversary} to cross; write 'gap_teacher', or "
+                "another adversary",
+                "objective",
+            )
         self.check_radius(adversary)
         search = Search(
             adversary, self.threat, objective, source or Images(), self.search_bn, "" if self.share else self.path

@@ -27,7 +27,8 @@ USED = 0.75
 class BaseSamples:
     """At most ``count`` images that both networks classify correctly: those on which they differ most.
 
-    The difference is :math:`\\sum_{k \\ne y} (p_T(k) - p_S(k))^2`. None in the epochs after :data:`USED` of them.
+    The difference is :math:`\\sum_{k \\ne y} (p_T(k) - p_S(k))^2`. At least two images, or none; none in the epochs
+    after :data:`USED` of them.
     """
 
     count: int
@@ -42,6 +43,8 @@ class BaseSamples:
         if step.progress >= USED:
             usable = usable & False
         squares = (teacher.softmax(1) - student.softmax(1)).square().scatter(1, labels[:, None], 0)
+        if int(usable.sum()) < 2:
+            usable = usable & False  # batch normalisation cannot normalise one row by itself
         order = squares.sum(1).masked_fill(~usable, -1).argsort(descending=True, stable=True)
         which = order[: min(self.count, int(usable.sum()))]
         return Chosen(step.images[which], which)

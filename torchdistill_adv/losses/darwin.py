@@ -47,9 +47,10 @@ class Pairs:
         differ = classes[:, None] != classes[None, :]
         if not bool(differ.any()):
             kind = "that the teacher gives one class" if self.label_free else "of one class"
+            other = "" if self.label_free else ", or pairing: 'dataset'"
             raise ConfigError(
                 f"found a batch of {len(classes)} images {kind}, in which no image has a partner; write a larger "
-                "batch_size and drop_last: True, or pairing: 'dataset'",
+                f"batch_size and drop_last: True{other}",
                 "pairing",
             )
         noise = Noise(step.binding.seed_for(self), step.images.device)
@@ -105,9 +106,14 @@ def accumulated(parts: Iterable[Callable[[], Tensor]], network: nn.Module) -> Te
         return torch.stack([part() for part in parts]).sum()
     gradients: list[Tensor | None] = [None] * len(parameters)
     values = []
+    # a loss scaler acts later, and gradients of half precision vanish without one
+    device = parameters[0].device.type
+    in_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    scale = 1024.0 if in_half else 1.0
     for part in parts:
         value = part()
-        new = torch.autograd.grad(value, parameters, allow_unused=True)
+        scaled = torch.autograd.grad(value * scale, parameters, allow_unused=True)
+        new = [None if gradient is None else gradient / scale for gradient in scaled]
         gradients = [b if a is None else a if b is None else a + b for a, b in zip(gradients, new, strict=True)]
         values.append(value.detach())
     total = torch.stack(values).sum()
@@ -271,7 +277,7 @@ class DARWINLoss(AdversarialTerm):
         self.check_radius(self.target_adversary)
         # its classes are those of x, so the descent needs no target_class
         targeted = dataclasses.replace(
-            untargeted, adversary=self.target_adversary, objective=Objective("ce_student"), source=self.pairs
+            untargeted, adversary=self.target_adversary, objective=Objective.build("ce_student"), source=self.pairs
         )
         return untargeted, targeted
 

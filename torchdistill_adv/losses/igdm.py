@@ -27,15 +27,15 @@ class IGDMLoss(AdversarialTerm):
 
     where the differences of logits go through a softmax, for images (N, C, H, W) and logits (N, num_classes), in epoch
     e = 1, ..., E of the stage. Give it the adversary, threat and objective of the method that it is added to: the
-    search and the passes on the examples are then shared. The options of every loss are those of
-    :class:`~torchdistill_adv.losses.base.AdversarialTerm`.
+    search and the passes on the examples are then shared (but with DARWIN, whose search keeps its path). The options of
+    every loss are those of :class:`~torchdistill_adv.losses.base.AdversarialTerm`.
 
     Paper: `Indirect Gradient Matching for Adversarial Robust Distillation <https://arxiv.org/abs/2312.03286>`_ (Lee,
     Cho, Kim, ICLR 2025).
 
     **The paper's**: the equation, which wants a teacher that is nearly linear around the images, as robust ones are;
-    its weight is the term's ``weight`` (in its code 1 on CIFAR-10, 10 on CIFAR-100). **Our reading**: epochs count from
-    1; the mirrored example is not clipped to the range of images, or the difference would no longer be central.
+    its weight is the term's ``weight``. **Code of the same group** (SAAD's repository has it): a weight of 1 on
+    CIFAR-10 and 10 on CIFAR-100, epochs from 1, a mirrored example that is not clipped to the range of images.
 
     Args:
         ramp: the factor e / E; ``false`` is 1 in every epoch.

@@ -58,9 +58,8 @@ class SmaraADLoss(AdversarialTerm):
     mean squared error, a constant c and a weight alpha; feature alignment as the alternative (its Table 2). **The
     official code's** helper returns the correlation with the other sign, without a gradient, and ranks images instead
     of classes; nothing of it is followed. **Our reading**, as the equations of the two losses are not at hand: how the
-    terms are put together, c = 1, alpha = 1, ranks of logits of unit deviation at a sharpness of 2 (with the nearly
-    hard ranks of 10, small students hardly learn), class, layer and norm of the maps, the weights of SmaraAD++ (those
-    of IAD, whose self-target has a gradient too), 10 steps of 2/255.
+    terms are put together, c = 1, alpha = 1, ranks of logits of unit deviation at a sharpness of 2, class, layer and
+    norm of the maps, the weights of SmaraAD++ (those of IAD, whose self-target has a gradient too), 10 steps of 2/255.
 
     Args:
         matching: m: ``slack``, or ``kl`` for the divergence in its place.
@@ -127,7 +126,7 @@ class SmaraADLoss(AdversarialTerm):
         if "objective" not in self.options:
             modules = {"student_module": student_module, "teacher_module": teacher_module}
             given = {name: path for name, path in modules.items() if path is not None and self.alignment != "none"}
-            self.objective = Objective(OBJECTIVES[self.alignment], tuple(given.items()))
+            self.objective = Objective.build({"key": OBJECTIVES[self.alignment], "kwargs": given})
 
     @property
     def needs_labels(self) -> bool:

@@ -100,7 +100,8 @@ class TALDLoss(AdversarialTerm):
         if target_class is not None:
             if "objective" in self.options:
                 raise ConfigError("found an objective beside target_class, which sets its own; drop one", "objective")
-            self.objective = Objective("ce_teacher", (("target_class", check_target_class(target_class)),))
+            chosen = check_target_class(target_class)
+            self.objective = Objective.build({"key": "ce_teacher", "kwargs": {"target_class": chosen}})
             self.adversary = dataclasses.replace(self.adversary, targeted=True)
         if "student" in self.objective.needs:
             raise ConfigError("found one that attacks the student; TALD explores the teacher alone", "objective")

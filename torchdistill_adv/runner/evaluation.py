@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from torchdistill_adv.checks import check_logits
 from torchdistill_adv.guards import eval_mode
-from torchdistill_adv.inputs import check_logits
 from torchdistill_adv.runner.setup import to_device
 
 
