@@ -132,7 +132,8 @@ def write_page(results: Sequence[Mapping[str, Any]]) -> None:
         f"{threat_of(config).describe()}. PGD-20 has one uniform start and steps of a quarter of the radius.\n\n"
         f"One accuracy near 50 % has a 95 % interval of ± {interval:.1f} from the images alone, so neighbours in this\n"
         "table do not differ: it shows that every method works, not which one is best. The networks are small and\n"
-        "trained for a few epochs, and nothing here is a number of a paper.\n\n"
+        "trained for a few epochs, and nothing here is a number of a paper. Seconds are of training, two runs at a\n"
+        "time on a busy machine.\n\n"
         f"{table(results)}\n",
         encoding="utf-8",
     )

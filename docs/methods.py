@@ -34,7 +34,7 @@ INTRO = """# Methods
 
 Every loss that importing `torchdistill_adv` registers. Written by `python docs/methods.py` from the classes, and from a
 step that each of them takes with its defaults: S is the student, T the teacher, x a clean image and x' an adversarial
-example. Any loss takes any adversary, objective and threat model; those below are the defaults.
+example. Losses take other adversaries, objectives and threat models too; those below are the defaults.
 
 *Gradient of the search* names the networks that it flows through. *Cost* counts passes of a whole batch beyond those of
 the host, which always passes both networks on x once; B after a number is a backward pass. A loss that is one of
