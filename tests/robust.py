@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from tiny import PIXEL_THREAT, images, network, tiny_box
+from tiny import PIXEL_THREAT, images, sharp, tiny_box
 from torch import Tensor, nn
 
 from torchdistill_adv.boxes import Box
@@ -244,14 +244,6 @@ TWO_STEPS = {"key": "PGD", "kwargs": {"num_steps": 2, "step_size": 0.1}}
 PARTICLES = {"key": "SVGD", "kwargs": {"num_particles": 2, "step_size": 0.5, "bandwidth": "median"}}
 # a wide ball, so that predictions on clean images and on examples differ
 WIDE = {"adversary": TWO_STEPS, "threat": {**PIXEL_THREAT, "eps": 0.2}}
-
-
-def sharp(seed: int, **options: Any) -> nn.Sequential:
-    """A network as sure of itself as a trained one."""
-    net = network(seed, **options)
-    with torch.no_grad():
-        net[-1].weight *= 10
-    return net
 
 
 class TwoTeachers(nn.Module):

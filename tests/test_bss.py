@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import NORMALIZE, images, network, term, tiny_box
+from tiny import NORMALIZE, images, sharp, term, tiny_box
 from torch import nn
 
 from torchdistill_adv.adversaries import BSS
@@ -22,14 +22,6 @@ from torchdistill_adv.threat import ThreatModel
 TERM = "train.criterion.kwargs.sub_terms.bss.criterion.kwargs"
 FREE = {**NORMALIZE, "norm": "l2", "eps": math.inf}
 EPOCHS = 8
-
-
-def sharp(seed, **options):
-    """A network that is as sure of itself as a trained one."""
-    net = network(seed, **options)
-    with torch.no_grad():
-        net[-1].weight *= 10
-    return net
 
 
 def view_of(teacher, x, seed=0):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny import NORMALIZE, NUM_CLASSES, PIXEL_THREAT, images, network, tald, tiny_box
+from tiny import NORMALIZE, NUM_CLASSES, PIXEL_THREAT, images, sharp, tald, tiny_box
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -27,14 +27,6 @@ TERM = "train.criterion.kwargs.sub_terms.darwin.criterion.kwargs"
 
 def steps(count, **options):
     return {"key": "PGD", "kwargs": {"num_steps": count, "step_size": 0.1, "start": "gaussian", **options}}
-
-
-def sharp(seed, **options):
-    """A network that is as sure of itself as a trained one."""
-    net = network(seed, **options)
-    with torch.no_grad():
-        net[-1].weight *= 10
-    return net
 
 
 def block(weight=1.0, **options):

@@ -90,6 +90,14 @@ def network(
         return nn.Sequential(*layers)
 
 
+def sharp(seed: int, **options: Any) -> nn.Sequential:
+    """A network as sure of itself as a trained one."""
+    net = network(seed, **options)
+    with torch.no_grad():
+        net[-1].weight *= 10
+    return net
+
+
 def images(count: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.rand(count, 2, 6, 6, generator=generator)
