@@ -11,7 +11,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import flag, integer, number
 from torchdistill_adv.divergences import kl_divergence
-from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm
+from torchdistill_adv.losses.base import GAUSSIAN_START, AdversarialTerm
 from torchdistill_adv.losses.iad import check_begin, trust
 
 if TYPE_CHECKING:
@@ -60,11 +60,7 @@ class AdaIADLoss(AdversarialTerm):
             weight: 1.0
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "adversary": PGD_10,
-        "threat": LINF_8,
-        "objective": "kl_teacher_student",
-    }
+    defaults: ClassVar[Mapping[str, Any]] = {**GAUSSIAN_START, "objective": "kl_teacher_student"}
     teacher_sees_examples = True
     distils = True
     needs_labels = True

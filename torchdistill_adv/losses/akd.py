@@ -11,7 +11,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import number
 from torchdistill_adv.divergences import cross_entropy, mixed_target
-from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm
+from torchdistill_adv.losses.base import GAUSSIAN_START, AdversarialTerm
 from torchdistill_adv.objectives import Objective
 
 if TYPE_CHECKING:
@@ -55,11 +55,7 @@ class AKDLoss(AdversarialTerm):
             weight: 1.0
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "adversary": PGD_10,
-        "threat": LINF_8,
-        "objective": "ce_student_mixed",
-    }
+    defaults: ClassVar[Mapping[str, Any]] = {**GAUSSIAN_START, "objective": "ce_student_mixed"}
     distils = True
     needs_labels = True
 

@@ -11,7 +11,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import number
 from torchdistill_adv.divergences import cross_entropy, kl_divergence
-from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm, with_options
+from torchdistill_adv.losses.base import UNIFORM_START, AdversarialTerm
 
 if TYPE_CHECKING:
     from torchdistill_adv.step import Step
@@ -55,11 +55,7 @@ class ARDLoss(AdversarialTerm):
             weight: 1.0
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "adversary": with_options(PGD_10, start="uniform"),
-        "threat": LINF_8,
-        "objective": "ce_student",
-    }
+    defaults: ClassVar[Mapping[str, Any]] = {**UNIFORM_START, "objective": "ce_student"}
     distils = True
 
     def configure(self, alpha: float = 1.0, temperature: float = 30.0) -> None:

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 
 STUDENT_BN = ("train", "batch", "eval")
 
-# what the robust-distillation papers share
-PGD_10 = {"key": "PGD", "kwargs": {"num_steps": 10, "step_size": "2/255", "start": "gaussian"}}
+# what the robust-distillation papers share; some of them start from uniform noise
+PGD_10: Mapping[str, Any] = {"key": "PGD", "kwargs": {"num_steps": 10, "step_size": "2/255", "start": "gaussian"}}
 LINF_8 = {"norm": "linf", "eps": "8/255", "space": "pixel"}
+GAUSSIAN_START: Mapping[str, Any] = {"adversary": PGD_10, "threat": LINF_8}
+UNIFORM_START: Mapping[str, Any] = {
+    "adversary": {**PGD_10, "kwargs": {**PGD_10["kwargs"], "start": "uniform"}},
+    "threat": LINF_8,
+}
 
 # the options of every term; one without a default here or in the term's class must be in the YAML
 COMMON: Mapping[str, Any] = {
@@ -45,11 +50,6 @@ UNBOUND = (
     "(Building a second box in one process resets the first one's pre_epoch_process: train the first one before. A "
     "high-level loss of your own must keep its terms in term_dict, or as submodules.)"
 )
-
-
-def with_options(block: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """A block ``{key: ..., kwargs: {...}}`` with other options."""
-    return {**block, "kwargs": {**block["kwargs"], **options}}
 
 
 class Cost(NamedTuple):

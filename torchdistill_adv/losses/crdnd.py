@@ -12,7 +12,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import number
 from torchdistill_adv.divergences import cross_entropy, kl_divergence, mixed_target, probability_of
-from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm
+from torchdistill_adv.losses.base import GAUSSIAN_START, AdversarialTerm
 from torchdistill_adv.losses.gacd import representation
 
 if TYPE_CHECKING:
@@ -66,11 +66,7 @@ class CRDNDLoss(AdversarialTerm):
             weight: 1.0
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "adversary": PGD_10,
-        "threat": LINF_8,
-        "objective": "kl_clean_teacher_student",
-    }
+    defaults: ClassVar[Mapping[str, Any]] = {**GAUSSIAN_START, "objective": "kl_clean_teacher_student"}
     distils = True
     needs_labels = True
 

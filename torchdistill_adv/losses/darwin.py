@@ -17,7 +17,7 @@ from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import choice, flag, number
 from torchdistill_adv.divergences import kl_divergence, probability_of, wide
 from torchdistill_adv.errors import ConfigError, inside
-from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm, Cost, Search
+from torchdistill_adv.losses.base import GAUSSIAN_START, AdversarialTerm, Cost, Search
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.objectives import Objective
 from torchdistill_adv.registry import build_adversary
@@ -200,7 +200,7 @@ class DARWINLoss(AdversarialTerm):
             weight: 1.0
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"adversary": PGD_10, "threat": LINF_8, "objective": "ce_student"}
+    defaults: ClassVar[Mapping[str, Any]] = {**GAUSSIAN_START, "objective": "ce_student"}
     teacher_sees_examples = True
     distils = True
 
@@ -236,7 +236,7 @@ class DARWINLoss(AdversarialTerm):
             raise ConfigError("found 'dataset', which pairs by labels, with label_free; write 'batch'", "pairing")
         if hasattr(self.adversary, "return_path"):
             self.adversary = dataclasses.replace(self.adversary, return_path=True)
-        elif getattr(self.adversary, "num_steps", 1) > 1:
+        elif self.path_length > 1:
             raise ConfigError(f"found {self.adversary}, which does not give its path; write PGD or SVGD", "adversary")
         with inside("target_adversary"):
             self.target_adversary = self._target_adversary(target_adversary)
@@ -254,10 +254,10 @@ class DARWINLoss(AdversarialTerm):
         elif isinstance(self.adversary, PGD):
             adversary = dataclasses.replace(self.adversary, targeted=True)
         else:
-            steps = getattr(self.adversary, "num_steps", 1)
+            steps = self.path_length
             size = getattr(self.adversary, "step_size", self.threat.finite_eps)
             adversary = PGD(steps, size, start="gaussian", targeted=True, return_path=True)
-        length = getattr(self.adversary, "num_steps", 1)
+        length = self.path_length
         if adversary.num_steps != length:
             raise ConfigError(
                 f"found {adversary.num_steps} for a path beside one of {length} steps; write num_steps: {length}",
@@ -288,9 +288,14 @@ class DARWINLoss(AdversarialTerm):
         parts = [lambda i=i: self._part(step, i) for i in self._steps()]
         return value + accumulated(parts, step.binding.student.network) if parts else value
 
+    @property
+    def path_length(self) -> int:
+        """n; a search without steps has its result only."""
+        return getattr(self.adversary, "num_steps", 1)
+
     def _steps(self) -> range:
         """Which i = 1, ..., n of the path are passed through the networks."""
-        length = getattr(self.adversary, "num_steps", 1)
+        length = self.path_length
         first = 1 if self.iakd_weight or self.dbkd_weight else length
         has_last = self.dbkd_weight or self.arkd_weight * self.beta
         return range(first, length + (1 if has_last else 0))
@@ -298,7 +303,7 @@ class DARWINLoss(AdversarialTerm):
     def _part(self, step: Step, i: int) -> Tensor:
         """What is summed over i."""
         examples = step.examples(self.search)
-        length, index = getattr(self.adversary, "num_steps", 1), examples.index
+        length, index = self.path_length, examples.index
         rows = _on_path(examples, i)
         clean, value = step.teacher_clean()[index], torch.zeros((), device=rows.device)
         if self.dbkd_weight:
@@ -346,7 +351,7 @@ class DARWINLoss(AdversarialTerm):
     def outer_cost(self, images: int, num_views: int = 1) -> dict[object, Cost]:
         rows = self.search.num_rows(images)
         last = 1 if self.arkd_weight and self.beta else 0
-        count, length = len(self._steps()), getattr(self.adversary, "num_steps", 1)
+        count, length = len(self._steps()), self.path_length
         student = count * (rows + (images if self.dbkd_weight else 0))
         teacher = rows * ((length - 1 if self.iakd_weight else 0) + last)
         anchors = images if self.dbkd_weight and self.pairs.pairing == "dataset" else 0

@@ -12,7 +12,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import number
 from torchdistill_adv.divergences import kl_divergence, softmax_mse
-from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm
+from torchdistill_adv.losses.base import GAUSSIAN_START, AdversarialTerm
 
 if TYPE_CHECKING:
     from torchdistill_adv.step import Step
@@ -63,11 +63,7 @@ class DGADLoss(AdversarialTerm):
             weight: 1.0
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "adversary": PGD_10,
-        "threat": LINF_8,
-        "objective": "kl_teacher_student",
-    }
+    defaults: ClassVar[Mapping[str, Any]] = {**GAUSSIAN_START, "objective": "kl_teacher_student"}
     teacher_sees_examples = True
     distils = True
     needs_labels = True

@@ -13,7 +13,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import number
 from torchdistill_adv.divergences import cross_entropy, probability_of, wide
-from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm
+from torchdistill_adv.losses.base import GAUSSIAN_START, AdversarialTerm
 
 if TYPE_CHECKING:
     from torchdistill_adv.step import Step
@@ -66,7 +66,7 @@ class GACDLoss(AdversarialTerm):
             weight: 1.0
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"adversary": PGD_10, "threat": LINF_8, "objective": "ce_student"}
+    defaults: ClassVar[Mapping[str, Any]] = {**GAUSSIAN_START, "objective": "ce_student"}
     distils = True
     needs_labels = True
 

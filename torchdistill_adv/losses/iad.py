@@ -12,7 +12,7 @@ from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import choice, flag, integer, number
 from torchdistill_adv.divergences import cross_entropy, kl_divergence, probability_of
 from torchdistill_adv.errors import ConfigError
-from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm, Cost, with_options
+from torchdistill_adv.losses.base import UNIFORM_START, AdversarialTerm, Cost
 
 if TYPE_CHECKING:
     from torchdistill_adv.step import Step
@@ -89,11 +89,7 @@ class IADLoss(AdversarialTerm):
             weight: 1.0
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "adversary": with_options(PGD_10, start="uniform"),
-        "threat": LINF_8,
-        "objective": "ce_student",
-    }
+    defaults: ClassVar[Mapping[str, Any]] = {**UNIFORM_START, "objective": "ce_student"}
     teacher_sees_examples = True
     distils = True
     needs_labels = True

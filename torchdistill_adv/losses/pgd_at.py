@@ -10,7 +10,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.divergences import cross_entropy
-from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm
+from torchdistill_adv.losses.base import GAUSSIAN_START, AdversarialTerm
 
 if TYPE_CHECKING:
     from torchdistill_adv.step import Step
@@ -48,7 +48,7 @@ class PGDATLoss(AdversarialTerm):
             weight: 1.0
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"adversary": PGD_10, "threat": LINF_8, "objective": "ce_student"}
+    defaults: ClassVar[Mapping[str, Any]] = {**GAUSSIAN_START, "objective": "ce_student"}
     needs_labels = True
 
     def configure(self) -> None:

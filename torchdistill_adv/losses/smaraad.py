@@ -14,7 +14,7 @@ from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import choice, flag, number, optional_integer
 from torchdistill_adv.divergences import kl_divergence
 from torchdistill_adv.guards import on_cloned_buffers
-from torchdistill_adv.losses.base import LINF_8, PGD_10, AdversarialTerm, Cost, Search, with_options
+from torchdistill_adv.losses.base import UNIFORM_START, AdversarialTerm, Cost, Search
 from torchdistill_adv.losses.iad import trust
 from torchdistill_adv.objectives import Objective
 from torchdistill_adv.ranking import soft_spearman
@@ -91,11 +91,7 @@ class SmaraADLoss(AdversarialTerm):
             weight: 1.0
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "adversary": with_options(PGD_10, start="uniform"),
-        "threat": LINF_8,
-        "objective": "kl_cam_teacher_student",
-    }
+    defaults: ClassVar[Mapping[str, Any]] = {**UNIFORM_START, "objective": "kl_cam_teacher_student"}
     teacher_sees_examples = True
     distils = True
 
