@@ -181,17 +181,19 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
     assert all(torch.allclose(g, gradient, atol=1e-9) for g in gradients) and gradient.abs().max() > 1e-3
 
 
-def test_half_precision_has_nearly_the_gradient_of_full():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_nearly_the_gradient_of_full(dtype):
     found = []
     for enabled in (False, True):
         box = box_of(double=False)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
             loss = box.forward_process(batch()[0].float(), batch()[1])
         loss.backward()
         found.append((loss.detach(), torch.cat([p.grad.flatten() for p in box.org_student_model.parameters()])))
     (loss, gradient), (half_loss, half_gradient) = found
     assert half_loss.dtype == torch.float32 and torch.allclose(loss, half_loss, rtol=0.05)
     assert torch.cosine_similarity(gradient, half_gradient, 0) > 0.95
+    assert 0.9 < half_gradient.norm() / gradient.norm() < 1.1
 
 
 @pytest.mark.parametrize(
