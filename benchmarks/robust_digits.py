@@ -73,7 +73,7 @@ def one_run(path: Path, seed: int, folder: Path) -> Path:
     name = "model" if "model" in config["models"] else "student_model"
     checkpoint = folder / f"{path.stem}-{seed}.pt"
     # without validation the runner saves every epoch's student, so the last one is left
-    overrides = {f"models.{name}.dst_ckpt": str(checkpoint), "train.val_data_loader": {}}
+    overrides = {f"models.{name}.dst_ckpt": str(checkpoint), "train.val_data_loader": {}, "train.robust_validation": {}}
     if "teacher_model" in config["models"]:
         overrides |= teacher_overrides(config["models"]["teacher_model"], folder)
     start = time.perf_counter()

@@ -38,7 +38,7 @@ models:
 $models
 train:
   log_freq: 100
-$binding  num_epochs: $epochs
+$binding$robust  num_epochs: $epochs
   train_data_loader:
     dataset_id: *train_set
 $pairs    sampler: {class_or_func: !import_get {key: 'torch.utils.data.RandomSampler'}}
@@ -63,6 +63,19 @@ test:
     dataset_id: *test_set
     sampler: *in_order
     kwargs: *evaluation
+"""
+)
+ROBUST_VALIDATION = Template(
+    """\
+  post_epoch_process: 'validate_robustly'
+  robust_validation: # the checkpoint that is best here is kept too, and that of the last epoch
+    every: 1
+    num_images: 1000
+    adversary: {key: 'PGD', kwargs: {num_steps: 10, step_size: $step_size, start: 'uniform'}}
+    objective: 'ce_student'
+    threat: {$threat}
+    ckpt: *student_ckpt
+    seed: 0
 """
 )
 
@@ -104,6 +117,8 @@ class Data:
         datasets: YAML of the data sets.
         workers: options of the data loaders, in training and in evaluation.
         values: what the YAML of the terms leaves open.
+        robust_threat: of robust validation.
+        robust_step: a quarter of its radius.
         recipe: of every method but those that are given another.
         recipe_note: for the header, of that recipe.
         note: for the header.
@@ -116,6 +131,8 @@ class Data:
     datasets: str
     workers: tuple[str, str]
     values: Mapping[str, str]
+    robust_threat: str
+    robust_step: str
     recipe: Recipe
     recipe_note: str
     note: str
@@ -209,6 +226,8 @@ def cifar(num_classes: int, **values: str) -> Data:
         attack(10, "2/255", "8/255")
         | {"begin": "60", "begin_second": "40", "pairing": "'dataset' # dataset_wrapper finds the images"}
         | values,
+        "norm: 'linf', eps: 8/255, space: 'pixel', mean: [0], std: [1]",
+        "2/255",
         ADAAD_RECIPE,
         "Ours, so that methods compare: the recipe of AdaAD's code for all, 200 epochs with a tenth of the rate after "
         "100 and 150; divergences averaged over images, not over classes.",
@@ -241,10 +260,13 @@ DIGITS = Data(
     | {"begin": "9", "begin_second": "6", "pairing": "'batch'"}
     | {f"{name}_weight": "1.0" for name in ("ard", "rslad", "adaad", "igdm")}
     | {"boundary": "{norm: 'l2', eps: .inf, space: 'input', mean: [0], std: [1]}"},
+    "norm: 'linf', eps: 0.15, space: 'pixel', mean: [0], std: [1]",
+    "0.0375",
     DIGITS_RECIPE,
     "Ours: the setting, for which there are no published numbers: 30 epochs, to which any named above are scaled; "
     "clipped gradients; for methods with a ball 0.15 around images in [0, 1], in 5 steps of 0.05.",
-    "An empty val_data_loader ({}) makes the runner keep the last epoch, which benchmarks/robust_digits.py attacks.",
+    "With val_data_loader: {} and robust_validation: {} the runner keeps the last epoch, which "
+    "benchmarks/robust_digits.py attacks.",
     wrapped=False,
 )
 
@@ -279,7 +301,8 @@ def normalised(data: Data, mean: str, std: str) -> Data:
               init: {kwargs: {transforms: [*to_tensor, *normalize]}}"""
     datasets = data.datasets.replace("      indices", f"{normalize}      indices", 1)
     datasets = datasets.replace(" {kwargs: {root: *root, train: True, download: True, transform: *to_tensor}}", plain)
-    return replace(data, datasets=datasets.replace("transform: *to_tensor", "transform: *plain"))
+    datasets = datasets.replace("transform: *to_tensor", "transform: *plain")
+    return replace(data, datasets=datasets, robust_threat="<<: *normalize_kwargs, norm: 'linf', eps: 8/255")
 
 
 # networks
@@ -853,6 +876,12 @@ darwin_lf 58.74 28.45
 PUBLISHED = dict(sentence for table in TABLES for sentence in table.sentences())
 
 
+ROBUST_NOTE = (
+    "Ours: after every epoch PGD-10 attacks up to 1,000 validation images. Besides the checkpoint that is best on "
+    "clean ones, -best_robust.pt and -last.pt are kept; robust_validation: {} turns that off."
+)
+
+
 # files
 
 
@@ -866,13 +895,13 @@ def indented(text: str, depth: int) -> str:
     return textwrap.indent(text, depth * "  ")
 
 
-def student_block(name: str, network: Network, num_classes: int, path: str) -> str:
+def student_block(name: str, network: Network, num_classes: int, path: str, anchor: str) -> str:
     return f"""\
   {name}:
     key: '{network.key}'
     kwargs: {network.kwargs(num_classes)}
     src_ckpt:
-    dst_ckpt: '{checkpoint(path)}'
+    dst_ckpt: {anchor}'{checkpoint(path)}'
 """
 
 
@@ -914,7 +943,9 @@ def render(
 ) -> tuple[str, str]:
     """Path and text of a configuration."""
     title = [f"{purpose}{method.title}: {student.label}, {data.label}."]
-    models = student_block("model", student, data.num_classes, path)
+    terms = Template(method.terms).substitute(data.values)
+    is_robust = "adversary" in terms
+    models = student_block("model", student, data.num_classes, path, "&student_ckpt " if is_robust else "")
     sides = side("model", "DistributedDataParallel" if data.wrapped else None, True)
     if teacher is not None:
         title = [f"{method.title}: {student.label} from {teacher.network.label}, {data.label}.", teacher.preparation]
@@ -922,10 +953,11 @@ def render(
         sides = side("teacher", "DataParallel" if data.wrapped else None, False) + sides.replace("model:", "student:")
     if standard is not None:
         title.append(standard.preparation)
-    terms = Template(method.terms).substitute(data.values)
-    facts = [method.facts, "" if recipe else data.recipe_note, data.note, PUBLISHED.get(path, "")]
+    facts = [method.facts, "" if recipe else data.recipe_note, data.note]
+    facts += [ROBUST_NOTE if is_robust else "", PUBLISHED.get(path, "")]
     recipe = recipe or data.recipe
     max_grad_norm = recipe.max_grad_norm or method.max_grad_norm
+    robust = ROBUST_VALIDATION.substitute(threat=data.robust_threat, step_size=data.robust_step)
     text = SKELETON.substitute(
         title="".join(map(paragraph, title)).rstrip(),
         path=path,
@@ -933,7 +965,8 @@ def render(
         mark=MARK,
         datasets=indented(data.datasets, 1),
         models=models,
-        binding="  pre_epoch_process: 'bind_adversarial_losses'\n" if "adversary" in terms else "",
+        binding="  pre_epoch_process: 'bind_adversarial_losses'\n" if is_robust else "",
+        robust=robust if is_robust else "",
         epochs=recipe.epochs,
         pairs="    dataset_wrapper: {key: 'PairWithOtherClass'}\n" if "pairing: 'dataset'" in terms else "",
         batch_size=recipe.batch_size,

@@ -17,6 +17,7 @@ from torch import nn
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
 from torchdistill_adv.losses import AdversarialTerm
+from torchdistill_adv.robust_validation import Validator, validator_of
 
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 TALD = [path for path in ALL if "_tald" in Path(path).name]
@@ -60,6 +61,8 @@ def test_every_stage_trains(path, tmp_path, monkeypatch):
         return value
 
     monkeypatch.setattr(AdversarialTerm, "forward", spy)
+    kept = []  # not written: two files of up to 100 MB for every configuration
+    monkeypatch.setattr(Validator, "_save", lambda self, box, name: kept.append((name, self.latest)))
     box = make_box(config)
     if any(is_label_free(block) for stage in stages(config).values() for block in adversarial_terms(stage).values()):
         give_several_classes(box.org_teacher_model, next(iter(box.train_data_loader))[0])
@@ -78,6 +81,11 @@ def test_every_stage_trains(path, tmp_path, monkeypatch):
     assert sorted(path.rsplit(".", 2)[0] for path in values) == sorted(expected)
     for found in values.values():
         assert len(found) == 2 and all(value.requires_grad and value > 0 for value in found)
+    is_robust = path in ROBUST and bool(expected)
+    assert [name for name, _ in kept] == (["best_robust", "last"] if is_robust else [])
+    assert (validator_of(box) is not None) is is_robust
+    for _, record in kept:
+        assert record["num_images"] == 8 and 0 <= record["robust"] <= record["clean"] <= 100
 
 
 # a method's configuration is its host's and the method's own lines, nothing else
@@ -401,6 +409,35 @@ def test_validation_images_are_held_out(path):
     for name in ("train", "val", "test"):
         assert loaders[f"{name}_data_loader"]["dataset_id"] == f"{folder}/{name}"
     assert config["train"]["train_data_loader"]["kwargs"]["drop_last"] is True
+
+
+@pytest.mark.parametrize("path", ROBUST)
+def test_robust_selection_is_by_pgd_10_on_held_out_images(path):
+    config = read(path)
+    train_config = config["train"]
+    if not adversarial_terms(train_config):
+        assert "post_epoch_process" not in train_config and "robust_validation" not in train_config
+        return
+    assert train_config["post_epoch_process"] == "validate_robustly"
+    block = dict(train_config["robust_validation"])
+    threat = block.pop("threat")
+    is_digits = path.startswith("digits")
+    assert block == {
+        "every": 1,
+        "num_images": 1000,
+        "adversary": {
+            "key": "PGD",
+            "kwargs": {"num_steps": 10, "step_size": 0.0375 if is_digits else "2/255", "start": "uniform"},
+        },
+        "objective": "ce_student",
+        "ckpt": student_of(config)["dst_ckpt"],
+        "seed": 0,
+    }
+    assert (threat["norm"], threat["eps"]) == ("linf", 0.15 if is_digits else "8/255")
+    for term in adversarial_terms(train_config).values():
+        trained = term["criterion"]["kwargs"]["threat"]
+        assert (threat["mean"], threat["std"]) == (trained["mean"], trained["std"])
+    assert train_config["val_data_loader"]["dataset_id"] != config["test"]["test_data_loader"]["dataset_id"]
 
 
 def robust_teacher_of(config):

@@ -69,6 +69,7 @@ def runner_up_gap(logits, clean):
 # by key: student(x'), teacher(x'), student(x), teacher(x), label -> value
 FORMULAS = {
     "ce_student": lambda s, t, s0, t0, y: ce(s, y),
+    "margin_student": lambda s, t, s0, t0, y: max(z for c, z in enumerate(s) if c != y) - s[y],
     "ce_teacher": lambda s, t, s0, t0, y: ce(t, y),
     "ce_student_mixed": lambda s, t, s0, t0, y: mixed_ce(s, t0, y),
     "kl_clean_teacher_student": lambda s, t, s0, t0, y: kl(t0, s),

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdistill.common.main_util import set_seed
 from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.core.distillation import get_distillation_box
+from torchdistill.core.interfaces.registry import register_post_epoch_proc_func
 from torchdistill.datasets.registry import register_collate_func
 from torchdistill.models.registry import get_model
 
@@ -28,6 +30,7 @@ from torchdistill_adv.cli import main
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.runner import run
 from torchdistill_adv.runner.evaluation import accuracy
+from torchdistill_adv.runner.loading import load_experiment
 from torchdistill_adv.runner.progress import progress_bar, show
 
 HEAD = """
@@ -111,6 +114,41 @@ STAGED = (
 )
 WITHOUT_VALIDATION = PLAIN.replace("  val_data_loader", "  _unused")
 
+HELD_OUT = """
+  digits/val: !import_call
+    key: 'torch.utils.data.Subset'
+    init:
+      kwargs:
+        dataset: &train_split !import_call
+          key: 'torchdistill_adv.datasets.Digits'
+          init: {kwargs: {split: 'train', transform: *to_tensor}}
+        indices: !import_call {key: 'builtins.range', init: {args: [100]}}
+models:
+"""
+BLOCK = """
+  post_epoch_process: 'validate_robustly'
+  robust_validation:
+    num_images: 40
+    adversary: {key: 'PGD', kwargs: {num_steps: 2, step_size: 0.05}}
+    threat: {norm: 'linf', eps: 0.1, mean: [0], std: [1]}
+    ckpt: 'student.pt'
+"""
+
+
+def robustly(text: str) -> str:
+    """A configuration with robust validation on images held out, in its last stage."""
+    text = text.replace("\nmodels:\n", HELD_OUT)
+    for shift in (str, indent):
+        text = text.replace(shift("val_data_loader:\n    dataset_id: 'digits/test'"), shift(VALIDATED))
+    head, mark, tail = text.rpartition("teacher: {forward_proc")
+    shift = indent if "stage2" in text else str
+    return f"{head.rstrip()}{shift(BLOCK)}  {mark}{tail}"
+
+
+VALIDATED = "val_data_loader:\n    dataset_id: 'digits/val'"
+DST = "models.student_model.dst_ckpt"
+ROBUST, ROBUST_STAGED = robustly(PLAIN), robustly(STAGED)
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -163,7 +201,7 @@ def weights() -> dict[str, torch.Tensor]:
 # a whole run
 
 
-def test_train_then_evaluate(here):
+def test_train_then_test(here):
     write(PLAIN)
     log = finish(
         command("train", "--config", "config.yaml", "--seed", "1", "--device", "cpu", "--run_log", "a.log"), here
@@ -191,7 +229,7 @@ def test_train_then_evaluate(here):
     assert "train --config config.yaml --seed 1" in written and "# seed: 1" in written and "# device: cpu" in written
     assert f"# torch: {torch.__version__}" in written and "# torchdistill_adv: " in written
 
-    log = finish(command("evaluate", "--config", "config.yaml", "--device", "cpu"), here)
+    log = finish(command("train", "-test_only", "--config", "config.yaml", "--device", "cpu"), here)
     assert "teacher: test accuracy: top1 " in log and "[0/6]" not in log
     assert metrics()[3]["test"] == {"student": last["test"]["student"], "teacher": metrics()[3]["test"]["teacher"]}
     assert main(["train", "--config", "config.yaml", "-test_only", "-student_only"]) == 0
@@ -304,6 +342,126 @@ def test_killed_run_leaves_whole_lines(here):
     assert weights()
 
 
+# robust validation
+
+
+def robust(path: str = "student") -> list[dict | None]:
+    return [record["robust_validation"] for record in metrics(path) if "epoch" in record]
+
+
+def load(name: str) -> dict:
+    return torch.load(f"student-{name}.pt", weights_only=False)
+
+
+def test_robust_validation_in_a_run(here):
+    config = write(ROBUST)
+    result = run(config, seed=1, device="cpu", overrides={"train.num_epochs": 3})
+    found = robust()
+    assert found == [epoch["robust_validation"] for epoch in result["epochs"]]
+    for record in found:
+        assert record == {
+            "clean": pytest.approx(2.5 * round(record["clean"] / 2.5)),
+            "robust": pytest.approx(2.5 * round(record["robust"] / 2.5)),
+            "num_images": 40,
+            "attack": "PGD-2 on ce_student",
+            "norm": "linf",
+            "eps": 0.1,
+        }
+    measured = [record["robust"] for record in found]
+    assert load("best_robust")["args"]["epoch"] == measured.index(max(measured))
+    # the clean best is the runner's, on all validation images
+    tops = [epoch["validation"]["top1"] for epoch in result["epochs"]]
+    assert load("last")["best_value"] == max(tops) == torch.load("student.pt")["best_value"]
+    # either file is a student's checkpoint
+    for name in ("best_robust", "last"):
+        experiment = load_experiment(config, ckpt=f"student-{name}.pt", networks=("student",), device="cpu")
+        weights = experiment.networks["student"].state_dict()
+        assert all(torch.equal(value, weights[key]) for key, value in load(name)["model"].items())
+    # and without it the run is the same
+    run(config, seed=1, device="cpu", overrides={"train.num_epochs": 3, "train.robust_validation": {}, DST: "plain.pt"})
+    assert robust("plain") == [None] * 3
+    for before, after in zip(metrics("plain")[:3], metrics()[:3], strict=True):
+        assert all(before[key] == after[key] for key in ("loss", "terms", "lr", "validation"))
+    plain = torch.load("plain.pt")["model"]
+    assert all(torch.equal(value, plain[key]) for key, value in torch.load("student.pt")["model"].items())
+
+
+def test_going_on_from_the_last_student_is_no_interruption(here):
+    config = write(ROBUST, ("data.RandomSampler", "data.SequentialSampler"))
+    run(config, seed=1, device="cpu", overrides={"train.num_epochs": 4})
+    whole, best = metrics()[:4], load("best_robust")["args"]
+    # a shorter run has its last epoch's measurement anyway
+    run(config, seed=1, device="cpu", overrides={"train.num_epochs": 2})
+    again = {"train.num_epochs": 4, "models.student_model.src_ckpt": "student-last.pt"}
+    run(config, seed=1, device="cpu", start_epoch=2, overrides=again)
+    resumed = [record for record in metrics() if "epoch" in record]
+    for before, after in zip(whole, resumed, strict=True):
+        assert all(before[key] == after[key] for key in ("epoch", "lr", "terms", "validation", "robust_validation"))
+    assert load("best_robust")["args"] == best
+
+
+def test_robust_validation_in_the_second_stage(here):
+    config = write(ROBUST_STAGED)
+    run(config, seed=1, device="cpu")
+    assert [record is not None for record in robust()] == [False, True, True]
+    assert load("last")["args"]["stage"] == 2 and load("best_robust")["args"]["epoch"] in (1, 2)
+    # the best is known again at the beginning of a stage, too
+    saved = load("best_robust")
+    saved["args"]["robust_validation"]["robust"] = 100.0
+    torch.save(saved, "student-best_robust.pt")
+    again = {"models.student_model.src_ckpt": "student.pt"}
+    run(config, seed=1, device="cpu", start_epoch=1, overrides=again)
+    assert load("best_robust")["args"]["robust_validation"]["robust"] == 100.0
+
+
+def test_robust_validation_follows_overrides(here):
+    moved = {"train.num_epochs": 1, DST: "other/name.pt"}
+    run(write(ROBUST), seed=1, device="cpu", overrides=moved | {"train.robust_validation.num_images": 7})
+    assert sorted(path.name for path in Path("other").glob("*.pt")) == [
+        "name-best_robust.pt",
+        "name-last.pt",
+        "name.pt",
+    ]
+    assert robust("other/name")[0]["num_images"] == 7
+    elsewhere = {"train.robust_validation.ckpt": "elsewhere.pt"}
+    run("config.yaml", seed=1, device="cpu", overrides=moved | elsewhere)
+    assert Path("elsewhere-last.pt").exists()
+    off = {"train.robust_validation": {}, "train.val_data_loader": {}, "train.num_epochs": 1}
+    run("config.yaml", seed=1, device="cpu", overrides=off)
+    assert robust() == [None] and not list(Path().glob("student-*"))
+
+
+@register_post_epoch_proc_func
+def fails_for_test(self, *args, **kwargs):
+    raise RuntimeError("after the epoch")
+
+
+def test_epoch_is_recorded_when_its_end_fails(here):
+    config = write(PLAIN, ("  pre_epoch_process:", "  post_epoch_process: 'fails_for_test'\n  pre_epoch_process:"))
+    with pytest.raises(RuntimeError, match="after the epoch"):
+        run(config, seed=1, device="cpu")
+    assert [(record["epoch"], record["robust_validation"]) for record in metrics()] == [(0, None)]
+
+
+def test_how_a_run_was_started(here):
+    config = write(PLAIN)
+    data = {"train.num_epochs": 1, "train.log_freq": 7, "train.note": Path("a")}
+    run(config, seed=3, device="cpu", overrides=data)
+    started = json.loads(Path("student/run.json").read_text())
+    versions = started.pop("versions")
+    assert started == {
+        "command": shlex.join(sys.argv),
+        "seed": 3,
+        "device": "cpu",
+        "overrides": {**data, "train.note": "PosixPath('a')"},
+    }
+    assert versions["torch"] == torch.__version__ and set(versions) == {"torch", "torchdistill", "torchdistill_adv"}
+    run(config, device="cpu", student_only=True)
+    again = json.loads(Path("student/run.json").read_text())
+    assert (again["seed"], again["overrides"]) == (None, {})
+    assert "# overrides" not in Path("student/config.yaml").read_text()
+
+
 # processes
 
 
@@ -315,7 +473,7 @@ def test_two_processes_write_once(here):
     assert [epoch["epoch"] for epoch in epochs] == [0, 1]
     assert last["test"]["student"] == max((epoch["validation"] for epoch in epochs), key=lambda v: v["top1"])
     # 359 test images: the one that fills up the share of the second process is not counted
-    assert main(["evaluate", "--config", "config.yaml", "--seed", "1", "--device", "cpu"]) == 0
+    assert main(["train", "-test_only", "--config", "config.yaml", "--seed", "1", "--device", "cpu"]) == 0
     assert metrics()[-1]["test"] == last["test"]
 
 
@@ -431,6 +589,53 @@ REFUSED = {
         "no batch",
     ),
 }
+
+
+SUBSET = "dataset: *train_split, indices: !import_call {key: 'builtins.range', init: {args: [99, 120]}}"
+TEST_PART = f"!import_call {{key: 'torch.utils.data.Subset', init: {{kwargs: {{{SUBSET}}}}}}}"
+REFUSED_ROBUST = {
+    "the test set": (
+        (VALIDATED, VALIDATED.replace("/val", "/test")),
+        "train.val_data_loader.dataset_id",
+        "found 'digits/test', the test set",
+    ),
+    "some of its images": (
+        ("\nmodels:\n", f"\n  digits/part: {TEST_PART}\nmodels:\n"),
+        "train.val_data_loader.dataset_id",
+        "has 1 images of the test set",
+    ),
+    "no validation set": (("  val_data_loader", "  _unused"), "train.val_data_loader", "is missing"),
+    "no process": (("  post_epoch_process:", "  _process:"), "train.post_epoch_process", "write 'validate_robustly'"),
+    "no block": (("  robust_validation:", "  robust_validatoin:"), "train.robust_validation", "is missing"),
+    "no threat": (
+        ("    threat: {norm: 'linf'", "    thraet: {norm: 'linf'"),
+        "train.robust_validation.thraet",
+        "'threat'",
+    ),
+    "a radius": (("eps: 0.1", "eps: 1o"), "train.robust_validation.threat.eps", "found '1o'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_ROBUST)
+def test_robust_validation_refused_with_its_path(here, capsys, name):
+    change, path, hint = REFUSED_ROBUST[name]
+    text = ROBUST
+    if name == "some of its images":
+        head, test = text.split("\ntest:")
+        text = f"{head}\ntest:{test.replace('digits/test', 'digits/part')}"
+    write(text, change)
+    error = refused(capsys)
+    assert f"error: {path}: " in error and hint in error, error
+    assert not list(Path().glob("student*"))
+
+
+def test_robust_validation_refused_in_a_stage(here, capsys):
+    # the second stage keeps the loader of the first
+    write(ROBUST_STAGED, ("dataset_id: 'digits/val'", "dataset_id: 'digits/test'"))
+    assert "error: train.stage1.val_data_loader.dataset_id: found 'digits/test', the test set" in refused(capsys)
+    write(ROBUST_STAGED, ("num_images: 40", "num_image: 40"))
+    assert "error: train.stage2.robust_validation.num_image: " in refused(capsys)
+    assert not list(Path().glob("student*"))
 
 
 def refused(capsys, *args: str) -> str:

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from torchdistill_adv import adversaries, binding, datasets, losses, models
+from torchdistill_adv import adversaries, binding, datasets, losses, models, robust_validation
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.objectives import register_objective
 from torchdistill_adv.registry import register_adversary
@@ -19,4 +19,5 @@ __all__ = [
     "models",
     "register_adversary",
     "register_objective",
+    "robust_validation",
 ]

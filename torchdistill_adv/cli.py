@@ -1,4 +1,4 @@
-"""The command line: ``torchdistill-adv train`` and ``torchdistill-adv evaluate``."""
+"""The command line: ``torchdistill-adv train``, ``evaluate``, ``metrics`` and ``report``."""
 
 from __future__ import annotations
 
@@ -7,18 +7,31 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from torchdistill.common.constant import LOGGING_FORMAT
 from torchdistill.misc.log import setup_log_file
 
+from torchdistill_adv.checks import number
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.runner import run
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of torchdistill's example runner, for each command."""
-    options = argparse.ArgumentParser(add_help=False)
-    add = options.add_argument
+    """Every command and its options."""
+    parser = argparse.ArgumentParser(prog="torchdistill-adv", description="Adversarial distillation for torchdistill")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_train(commands.add_parser("train", help="train a student, then test it and its teacher"))
+    _add_evaluate(commands.add_parser("evaluate", help="accuracy on clean images and under attack"))
+    _add_metrics(commands.add_parser("metrics", help="how alike teacher and student are: boundaries, ranks, particles"))
+    _add_report(commands.add_parser("report", help="one HTML page of finished runs, with their pictures"))
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    """The options of torchdistill's example runner."""
+    add = parser.add_argument
     add("--config", required=True, help="YAML file")
     add("--device", help="such as cpu or cuda:1; by default a GPU where there is one")
     add("--run_log", help="write the log to this file too")
@@ -31,11 +44,149 @@ def make_parser() -> argparse.ArgumentParser:
     add("--world_size", default=1, type=int, help="number of processes, where torchrun does not set it")
     add("--dist_url", default="env://", help="how processes find each other")
     add("-adjust_lr", action="store_true", help="multiply the learning rate by the number of processes")
-    parser = argparse.ArgumentParser(prog="torchdistill-adv", description="Adversarial distillation for torchdistill")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("train", parents=[options], help="train a student, then test it and its teacher")
-    commands.add_parser("evaluate", parents=[options], help="the same as train -test_only")
-    return parser
+    parser.set_defaults(function=_train)
+
+
+def _add_measured(parser: argparse.ArgumentParser) -> None:
+    """What ``evaluate`` and ``metrics`` have in common."""
+    add = parser.add_argument
+    add("--config", required=True, help="YAML file that the networks and the test set are of")
+    add("--ckpt", help="the student's weights; by default those of its dst_ckpt")
+    add("--seed", default=0, type=int, help="seed of the images drawn and of the random starts")
+    add("--batch_size", help="images at once; halved by itself where memory runs out")
+    add("--mean", nargs="+", help="per-channel mean of the data's Normalize, where the YAML does not tell")
+    add("--std", nargs="+", help="per-channel standard deviation, likewise")
+    add("--device", help="such as cpu or cuda:1; by default a GPU where there is one")
+    add("--run_log", help="write the log to this file too")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_measured(parser)
+    add = parser.add_argument
+    add("--num_images", metavar="N", help="draw this many test images with --seed; by default all")
+    add("--model", default="student", choices=("student", "teacher"), help="which network of the YAML")
+    add(
+        "--attacks",
+        default="clean,fgsm,pgd20,cw30",
+        help="clean, fgsm, pgd<steps>, cw<steps>, cwl2 and autoattack, between commas (default: %(default)s)",
+    )
+    add("--norm", default="linf", choices=("linf", "l2"), help="norm of the ball (default: %(default)s)")
+    add("--eps", help="radius in pixels of [0, 1], or several between commas; by default 8/255, or 0.5 in l2")
+    add("--step_size", help="of pgd and cw, in pixels; by default a quarter of eps")
+    add("--restarts", default="1", help="random starts of pgd and cw (default: %(default)s)")
+    add("--out", type=Path, help="JSON file; by default evaluation.json in the folder of the checkpoint's name")
+    parser.set_defaults(function=_evaluate)
+
+
+def _add_metrics(parser: argparse.ArgumentParser) -> None:
+    _add_measured(parser)
+    add = parser.add_argument
+    add("--num_images", metavar="N", default=1000, help="draw this many test images with --seed (default: %(default)s)")
+    add("--particles", default="2,4,8", help="particles an image, between commas (default: %(default)s)")
+    add("--eps", default="8/255", help="radius of PGD in pixels of [0, 1] (default: %(default)s)")
+    add("--out", type=Path, help="JSON file; by default similarity.json in the folder of the checkpoint's name")
+    parser.set_defaults(function=_metrics)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run: its checkpoint's path without extension")
+    add("--out", type=Path, default=Path("report.html"), help="HTML file (default: %(default)s)")
+    add("--no_pictures", action="store_true", help="leave out what needs the networks: seconds instead of a minute")
+    add("--device", help="such as cpu or cuda:1; by default a GPU where there is one")
+    add("--run_log", help="write the log to this file too")
+    parser.set_defaults(function=_report)
+
+
+def _train(args: argparse.Namespace) -> None:
+    run(
+        args.config,
+        test_only=args.test_only,
+        student_only=args.student_only,
+        start_epoch=args.start_epoch,
+        seed=args.seed,
+        device=args.device,
+        adjust_lr=args.adjust_lr,
+        cudnn_benchmark=not args.disable_cudnn_benchmark,
+        log_config=args.log_config,
+        world_size=args.world_size,
+        dist_url=args.dist_url,
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from torchdistill_adv.evaluation import evaluate
+    from torchdistill_adv.evaluation.blocks import weights_digest
+
+    experiment = _experiment(args, (args.model,))
+    network = experiment.on_pixels(args.model)
+    out = args.out or experiment.folder(args.model) / "evaluation.json"
+    found = evaluate(
+        network,
+        experiment.data,
+        attacks=args.attacks,
+        norm=args.norm,
+        eps=args.eps.split(",") if args.eps else None,
+        step_size=args.step_size,
+        restarts=args.restarts,
+        num_images=args.num_images,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_workers=experiment.num_workers,
+        journal=out.with_suffix(".journal.jsonl"),
+    )
+    found = found.with_facts(
+        model={
+            "who": args.model,
+            "config": args.config,
+            "checkpoint": experiment.checkpoints[args.model],
+            "sha256": weights_digest(experiment.networks[args.model]),
+            "parameters": sum(p.numel() for p in network.parameters()),
+        },
+        data={"dataset": experiment.dataset_id, **found.facts["data"]},
+    )
+    found.write(out)
+    print(f"{found.table()}\n\n{out}")
+
+
+def _metrics(args: argparse.Namespace) -> None:
+    from torchdistill_adv.evaluation.results import write_json
+    from torchdistill_adv.runner.measures import as_table, measure
+
+    experiment = _experiment(args, ("student", "teacher"))
+    out = args.out or experiment.folder("student") / "similarity.json"
+    found = measure(
+        experiment,
+        num_images=args.num_images,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        particles=args.particles.split(","),
+        eps=args.eps,
+    )
+    write_json(found, out)
+    print(f"{as_table(found)}\n\n{out}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from torchdistill_adv.report import write_report
+
+    # a report loads many configurations, and torchdistill logs every object of each
+    logging.getLogger("torchdistill").setLevel(logging.WARNING)
+    print(write_report(args.runs, args.out, pictures=not args.no_pictures, device=args.device))
+
+
+def _experiment(args: argparse.Namespace, networks: tuple[str, ...]) -> Any:
+    from torchdistill_adv.runner.loading import load_experiment
+
+    normalization = None
+    if args.mean is not None or args.std is not None:
+        if args.mean is None or args.std is None or len(args.mean) != len(args.std):
+            raise ConfigError("found one without the other, or of another length; give both", "--mean, --std")
+        mean, std = (tuple(number(v, f"--{name}") for v in getattr(args, name)) for name in ("mean", "std"))
+        normalization = mean, std
+    return load_experiment(
+        args.config, ckpt=args.ckpt, networks=networks, device=args.device, normalization=normalization
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,19 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.run_log and is_first:
         setup_log_file(os.path.expanduser(args.run_log))
     try:
-        run(
-            args.config,
-            test_only=args.test_only or args.command == "evaluate",
-            student_only=args.student_only,
-            start_epoch=args.start_epoch,
-            seed=args.seed,
-            device=args.device,
-            adjust_lr=args.adjust_lr,
-            cudnn_benchmark=not args.disable_cudnn_benchmark,
-            log_config=args.log_config,
-            world_size=args.world_size,
-            dist_url=args.dist_url,
-        )
+        args.function(args)
     except (ConfigError, NonFiniteError) as error:
         # messages of other libraries can have several lines
         print("torchdistill-adv: error:", *str(error).split(), file=sys.stderr)

@@ -34,6 +34,12 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(wide(logits), labels, reduction="none")
 
 
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    r""":math:`\max_{j \ne y} z_j - z_y`, (R,): positive where another class is predicted."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
+
+
 def probability_of(labels: Tensor, logits: Tensor) -> Tensor:
     """:math:`p_y`, the probability of each row's label, (R,)."""
     return F.softmax(wide(logits), 1).gather(1, labels[:, None])[:, 0]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torchdistill_adv.attribution import Layout, class_activation_maps, feature_maps, layout_of, map_distance
 from torchdistill_adv.checks import choice, integer, number
-from torchdistill_adv.divergences import cross_entropy, kl_divergence, mixed_target, softmax_mse, wide
+from torchdistill_adv.divergences import cross_entropy, kl_divergence, margin, mixed_target, softmax_mse, wide
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.registry import Registry, check_options, split_spec
@@ -226,6 +226,14 @@ def ce_student(view: View, target_class: str | int | None = None) -> BoundObject
     return _cross_entropy(view, "student", target_class)
 
 
+@register_objective(attacks=("student",), labels=True)
+def margin_student(view: View) -> BoundObjective:
+    """max over j != y of z_j(x') less z_y(x'), the student's logits: positive where the class is wrong (CW)."""
+    assert view.labels is not None, "binding refuses objectives that need labels where there are none"
+    labels = view.labels
+    return lambda rows, index: margin(view.student(rows), labels[index])
+
+
 @register_objective(attacks=("teacher",), labels=True, options={"target_class": target_class})
 def ce_teacher(view: View, target_class: str | int | None = None) -> BoundObjective:
     """CE(T(x'), y). With ``target_class``, the class to descend toward."""
@@ -266,6 +274,20 @@ def kl_teacher_student(view: View) -> BoundObjective:
     return lambda rows, index: kl_divergence(teacher(rows), view.student(rows))
 
 
+def boundary_gap(network: Network, base: Tensor, target: Tensor) -> BoundObjective:
+    """z_k(x') - z_b(x'), the logit of each image's class k less that of its class b, both (N,), of any network.
+
+    The value is 0, without a gradient, once b is no longer predicted.
+    """
+
+    def objective(rows: Tensor, index: Tensor) -> Tensor:
+        logits = network(rows)
+        gap = logits.gather(1, target[index, None]) - logits.gather(1, base[index, None])
+        return torch.where(logits.argmax(1) == base[index], gap[:, 0], 0)
+
+    return objective
+
+
 @register_objective(
     attacks=("teacher",),
     clean=("teacher",),
@@ -285,14 +307,7 @@ def gap_teacher(view: View, toward: str = "sampled") -> BoundObjective:
         cumulated = others.softmax(1).cumsum(1)
         drawn = (view.noise.uniform((len(base), 1)) + 1) / 2 * cumulated[:, -1:]
         target = (cumulated > drawn).int().argmax(1)
-    teacher = view.network("teacher")
-
-    def objective(rows: Tensor, index: Tensor) -> Tensor:
-        logits = teacher(rows)
-        gap = logits.gather(1, target[index, None]) - logits.gather(1, base[index, None])
-        return torch.where(logits.argmax(1) == base[index], gap[:, 0], 0)
-
-    return objective
+    return boundary_gap(view.network("teacher"), base, target)
 
 
 @register_objective(attacks=("teacher",), clean=("teacher",))

@@ -87,7 +87,11 @@ class BSS:
         return self.num_steps
 
     def __call__(self, objective: RowObjective, x: Tensor, threat: ThreatModel, noise: Noise) -> Examples:
-        rows = x = x.detach()
+        return self.search_from(x, objective, x, threat)
+
+    def search_from(self, start: Tensor, objective: RowObjective, x: Tensor, threat: ThreatModel) -> Examples:
+        """The search from other points than the images ``x``, one for each; both (N, ...)."""
+        rows, x = start.detach(), x.detach()
         index = torch.arange(len(x), device=x.device)
         for _ in range(self.num_steps):
             values, gradient = value_and_gradient(objective, rows, index, self.chunk_size)

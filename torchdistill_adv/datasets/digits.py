@@ -54,6 +54,7 @@ class Digits(Dataset[tuple[Any, int]]):
             members = np.random.RandomState(label).permutation(np.flatnonzero(labels == label))
             chosen.append(members[round(first * len(members)) : round(last * len(members))])
         indices = np.sort(np.concatenate(chosen))
+        self.split = split
         self.images = np.round(pixels[indices].reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
         self.targets: list[int] = labels[indices].tolist()
         self.classes = [str(label) for label in range(10)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,7 @@ def from_checkpoint(model: Any, checkpoint: Any, mean: Any = None, std: Any = No
         key, network = build_model(model)
     normalize = None if mean is None and std is None else _Normalize(mean, std)
     with inside("checkpoint"):
-        _load(network, key, checkpoint)
+        load_checkpoint(network, key, checkpoint)
     return network if normalize is None else nn.Sequential(OrderedDict(normalize=normalize, network=network))
 
 
@@ -105,7 +106,16 @@ def build_model(spec: Any) -> tuple[str, nn.Module]:
             raise ConfigError(f"'{key}' cannot be built: {error}") from error
 
 
-def _load(network: nn.Module, key: str, checkpoint: Any) -> None:
+def load_checkpoint(network: nn.Module, key: str, checkpoint: Any) -> None:
+    """Load the weights of a file, torchdistill's or a published one, as :func:`from_checkpoint` does.
+
+    Args:
+        network: gets the weights; ``key`` is its name for errors.
+        checkpoint: path of the file.
+
+    Raises:
+        ConfigError: the file is missing or no checkpoint, or its weights do not fit; with the names that differ.
+    """
     expected = network.state_dict()
     state = _without_prefixes(_read(checkpoint), expected)
     unused = [name for name in state if name.startswith(UNUSED) and name not in expected]
@@ -141,7 +151,9 @@ def _read(checkpoint: Any) -> dict[str, Tensor]:
         raise ConfigError(f"found {checkpoint!r}, which is no file; write the path of a checkpoint")
     wanted = f"write one that torch.save made of a state dict, or of one under {', '.join(map(repr, CONTAINERS))}"
     try:
-        saved = torch.load(Path(checkpoint).expanduser(), map_location="cpu", weights_only=True)
+        # torchdistill's runner saves its command line with the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(Path(checkpoint).expanduser(), map_location="cpu", weights_only=True)
     # the bytes of a file can lead to any exception
     except Exception as error:
         raise ConfigError(

@@ -27,6 +27,7 @@ from torchdistill.optim.registry import OPTIM_DICT, SCHEDULER_DICT
 from torchdistill_adv.errors import ConfigError, inside, nearest
 from torchdistill_adv.losses.base import AdversarialTerm
 from torchdistill_adv.registry import check_options
+from torchdistill_adv.robust_validation import BLOCK, PROCESS, RobustValidation, check_held_out
 
 Block = Mapping[str, Any]
 
@@ -85,6 +86,7 @@ def check_config(
     else:
         train = section(config, "train", "num_epochs, train_data_loader, optimizer, criterion ...")
         check_training(train, datasets, has_teacher, binds_by_itself)
+        check_robust_validation(train, test["test_data_loader"]["dataset_id"], datasets, has_teacher)
         with inside(f"models.{student_name(models)}"):
             check_source(student, written=[student["dst_ckpt"]])
         check_start(start_epoch, student, train)
@@ -246,6 +248,32 @@ def check_training(train: Block, datasets: Block, has_teacher: bool, binds_by_it
         with inside(path):
             check_stage(stage, datasets, has_teacher, is_first=number == 0, written=written if number else [])
             check_bound(stage, binds_by_itself)
+
+
+def check_robust_validation(train: Block, test_id: str, datasets: Block, has_teacher: bool) -> None:
+    """The options of robust validation in every stage, and that it selects on no image of the test set."""
+    val_path, val_id = "", None
+    for path, stage in stages(train):
+        if stage.get("val_data_loader"):
+            val_path, val_id = f"{path}.val_data_loader.dataset_id", stage["val_data_loader"]["dataset_id"]
+        process = stage.get("post_epoch_process")
+        if process is None and stage.get(BLOCK):
+            raise ConfigError(f"is missing beside {BLOCK}; write '{PROCESS}'", f"{path}.post_epoch_process")
+        if process != PROCESS:
+            continue
+        with inside(path):
+            if RobustValidation.build(stage.get(BLOCK), has_teacher) is None:
+                continue
+            if val_id is None:
+                raise ConfigError(
+                    f"is missing; '{PROCESS}' measures held-out training images: write dataset_id, sampler and kwargs, "
+                    f"or {BLOCK}: {{}} to turn it off",
+                    "val_data_loader",
+                )
+        with inside(val_path):
+            if val_id == test_id:
+                raise ConfigError(f"found '{val_id}', the test set; nothing may be selected on it")
+            check_held_out(datasets[val_id], datasets[test_id])
 
 
 def check_stage(stage: Block, datasets: Block, has_teacher: bool, is_first: bool, written: list[str]) -> None:

@@ -16,7 +16,8 @@ from torch.backends import cudnn
 from torchdistill.common.main_util import is_main_process, set_seed
 from torchdistill.datasets.util import build_data_loader
 
-from torchdistill_adv.runner.check import check_config, student_name
+from torchdistill_adv.robust_validation import BLOCK
+from torchdistill_adv.runner.check import check_config, stages, student_name
 from torchdistill_adv.runner.evaluation import accuracy, describe
 from torchdistill_adv.runner.records import append_record, as_yaml, run_directory, start_records
 from torchdistill_adv.runner.setup import (
@@ -52,8 +53,8 @@ def run(
 ) -> dict[str, Any]:
     """Train and test as torchdistill's example runner does, with checks before the first step.
 
-    The best student goes to its ``dst_ckpt``; ``config.yaml`` and ``metrics.jsonl`` go next to it, into the directory
-    of that name without its extension.
+    The best student goes to its ``dst_ckpt``; ``config.yaml``, ``run.json`` and ``metrics.jsonl`` go next to it, into
+    the directory of that name without its extension.
 
     Args:
         config: YAML file, or a configuration as torchdistill loads one.
@@ -92,6 +93,8 @@ def run(
         models = loaded["models"]
         name = student_name(models)
         dst_ckpt = models[name]["dst_ckpt"]
+        if overrides and f"models.{name}.dst_ckpt" in overrides and not test_only:
+            _move_checkpoints(loaded["train"], dst_ckpt, overrides)
         directory = run_directory(dst_ckpt)
         if is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
@@ -107,7 +110,7 @@ def run(
         if not test_only:
             box = build_box(teacher, student, loaded, where, where.world_size if adjust_lr else 1)
             if is_main_process():
-                facts = {"seed": seed, "device": where.device, "overrides": overrides}
+                facts = {"seed": seed, "device": str(where.device), "overrides": dict(overrides or {})}
                 start_records(directory, text, keep=start_epoch > 0, **facts)
             options = {"seed": seed, "start_epoch": start_epoch}
             with _cudnn(cudnn_benchmark, cudnn.deterministic):
@@ -139,6 +142,13 @@ def _load(config: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping
     if isinstance(config, Mapping):
         return loaded, as_yaml(loaded)
     return loaded, Path(config).expanduser().read_text(encoding="utf-8")
+
+
+def _move_checkpoints(train_config: Mapping[str, Any], dst_ckpt: str, overrides: Mapping[str, Any]) -> None:
+    """Let the checkpoints of robust validation follow a ``dst_ckpt`` that is another than the YAML's."""
+    for path, stage in stages(train_config):
+        if stage.get(BLOCK) and not {f"{path}.{BLOCK}", f"{path}.{BLOCK}.ckpt"} & overrides.keys():
+            stage[BLOCK]["ckpt"] = dst_ckpt
 
 
 def _test(

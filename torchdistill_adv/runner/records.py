@@ -1,4 +1,4 @@
-"""What a run leaves next to its checkpoint: the configuration that ran, and one line of JSON for every epoch."""
+"""What a run leaves next to its checkpoint: the configuration, how it was run, one line of JSON for every epoch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import yaml
 import torchdistill_adv
 
 METRICS = "metrics.jsonl"
+RUN = "run.json"
 
 
 def run_directory(dst_ckpt: str) -> Path:
@@ -24,21 +25,23 @@ def run_directory(dst_ckpt: str) -> Path:
 
 
 def start_records(directory: Path, text: str, keep: bool, **facts: Any) -> None:
-    """Write ``config.yaml``: how the run was started, as comments, and its YAML.
+    """Write how the run was started: ``run.json``, and ``config.yaml`` with the same as comments before its YAML.
 
     Args:
         directory: of the run.
         text: the YAML.
         keep: whether ``metrics.jsonl`` goes on, or begins anew.
-        facts: more for the comments.
+        facts: more of how it was started; None where it was not given.
     """
     if not keep:
         (directory / METRICS).unlink(missing_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, torchdistill, torchdistill_adv)}
-    given = {name: value for name, value in facts.items() if value is not None}
-    comments = {"command": shlex.join(sys.argv), **given, **versions}
+    started = {"command": shlex.join(sys.argv), **facts}
+    comments = {name: value for name, value in {**started, **versions}.items() if value not in (None, {})}
     header = [f"# {name}: {value}" for name, value in comments.items()]
     (directory / "config.yaml").write_text("\n".join([*header, "", text]), encoding="utf-8")
+    run = json.dumps({**started, "versions": versions}, default=repr, indent=1)
+    (directory / RUN).write_text(run, encoding="utf-8")
 
 
 def append_record(directory: Path, record: Mapping[str, Any]) -> None:

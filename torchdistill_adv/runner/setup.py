@@ -122,6 +122,12 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def default_device() -> torch.device:
+    """A GPU where there is one."""
+    has_mps = torch.backends.mps.is_available()
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+
+
 @contextmanager
 def place(device_name: str | None, world_size: int = 1, dist_url: str = "env://") -> Iterator[Place]:
     """The device, by default a GPU where there is one; under torchrun also the process group.
@@ -131,8 +137,7 @@ def place(device_name: str | None, world_size: int = 1, dist_url: str = "env://"
     Raises:
         ConfigError: there is no such device.
     """
-    has_mps = torch.backends.mps.is_available()
-    name = device_name or ("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    name = device_name or str(default_device())
     if "RANK" not in os.environ:
         yield Place(check_device(name))
         return

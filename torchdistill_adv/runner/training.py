@@ -19,6 +19,7 @@ from torchdistill.common.main_util import save_ckpt
 from torchdistill_adv.boxes import Box, sides, stage_path
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.guards import restored_hooks
+from torchdistill_adv.robust_validation import validator_of
 from torchdistill_adv.runner.check import stages
 from torchdistill_adv.runner.evaluation import accuracy, describe
 from torchdistill_adv.runner.progress import progress_bar, show, weighted_terms
@@ -77,8 +78,13 @@ def train(
             saved = {**options, "epoch": epoch, "stage": stage}
             save_ckpt(student, box.optimizer, box.lr_scheduler, best or 0.0, saved, student_block["dst_ckpt"])
         records.append({"epoch": epoch, "stage": stage, **means, "lr": lr, "validation": validation})
-        write(records[-1])
-        box.post_epoch_process(metrics=top1)
+        # a process that begins the next stage puts another one in its place
+        validator = validator_of(box)
+        try:
+            box.post_epoch_process(metrics=top1)
+        finally:
+            records[-1]["robust_validation"] = None if validator is None else validator.latest
+            write(records[-1])
         if stage_number(box) != stage:
             wrap_student(box, train_config, where)
     if where.distributed:

@@ -1,0 +1,475 @@
+"""Evaluations: outcomes against closed forms, resuming, flags, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from fixed_networks import EPS, digits, linear_problem
+from fixed_networks import network as trained
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import NUM_CLASSES, network, sharp
+from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from torchdistill_adv.datasets import Digits
+from torchdistill_adv.errors import ConfigError
+from torchdistill_adv.evaluation import Attacked, GradientAttack, PixelModel, evaluate, find_normalization
+from torchdistill_adv.evaluation.blocks import weights_digest
+from torchdistill_adv.evaluation.journal import Journal
+from torchdistill_adv.evaluation.statistics import sign_test, wilson_interval
+
+
+def pixels(count: int = 40, seed: int = 0) -> Tensor:
+    return torch.rand(count, 2, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def data_for(model: nn.Module, count: int = 40) -> tuple[Tensor, Tensor]:
+    """Images that ``model`` classifies rightly, but for every fifth."""
+    images = pixels(count)
+    with torch.no_grad():
+        labels = model.eval()(images).argmax(1)
+    labels[::5] = (labels[::5] + 1) % NUM_CLASSES
+    return images, labels
+
+
+def linear(num_classes: int = NUM_CLASSES) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(72, num_classes))
+    return net.eval()
+
+
+class Probe(nn.Module):
+    """A network around another, for a fault."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+# outcomes
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_linear_network_is_robust_up_to_the_distance_of_its_boundary(norm: str) -> None:
+    model, images, labels, distance, radius = linear_problem(2, norm)
+    labels[::5] = 1 - labels[::5]
+    expected = [i % 5 != 0 and robust for i, robust in enumerate((distance > radius).tolist())]
+    found = evaluate(model, (images, labels), attacks="fgsm,pgd40,cw40", norm=norm, eps=radius)
+    assert [result.outcomes for result in found.results[1:]] == [expected] * 3
+    assert found.result("clean").outcomes == [i % 5 != 0 for i in range(40)]
+    assert 0 < sum(expected) < 32
+
+
+def test_normalisation_is_put_in_front_of_the_network_and_the_radius_stays_in_pixels() -> None:
+    model = sharp(0)
+    images, labels = data_for(model)
+    mean, std = (0.4, 0.5), (0.3, 0.25)
+    shape = (1, 2, 1, 1)
+    normalized = (images - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    on_pixels = PixelModel(model, mean, std)
+    with torch.no_grad():
+        labels = model.eval()(normalized).argmax(1)
+    ours = evaluate(model, (normalized, labels), attacks="pgd5", eps="30/255", mean=mean, std=std)
+    same = evaluate(on_pixels, (normalized, labels), attacks="pgd5", eps="30/255")
+    bare = evaluate(nn.Sequential(on_pixels), (images, labels), attacks="pgd5", eps="30/255")
+    assert ours.result("clean").accuracy == 100
+    assert 0 < ours.result("pgd5").correct < 40
+    assert ours.result("pgd5").outcomes == same.result("pgd5").outcomes == bare.result("pgd5").outcomes
+
+
+def test_images_that_are_wrong_without_an_attack_are_not_attacked_and_never_right() -> None:
+    model = sharp(0)
+    images, labels = data_for(model)
+    found = evaluate(model, (images, labels), attacks="fgsm,pgd3", eps=0.2)
+    clean, pgd = found.result("clean"), found.result("pgd3")
+    assert clean.correct == 32
+    assert clean.outcomes == [i % 5 != 0 for i in range(40)]
+    assert all(before or not after for before, after in zip(clean.outcomes, pgd.outcomes, strict=True))
+    assert pgd.gradient_evaluations == 3 * 32
+    # three passes of the search, and one that checks
+    assert pgd.forward_evaluations == 4 * 32
+    assert found.result("fgsm").gradient_evaluations == 32
+
+
+def test_more_restarts_fool_no_fewer_and_only_what_is_right_is_attacked_again() -> None:
+    model = sharp(0)
+    data = data_for(model)
+    one, three = (evaluate(model, data, attacks="pgd2", eps=0.2, restarts=n).result("pgd2") for n in (1, 3))
+    assert all(first or not last for first, last in zip(one.outcomes, three.outcomes, strict=True))
+    assert three.correct < one.correct
+    assert three.gradient_evaluations < 3 * one.gradient_evaluations
+
+
+def test_outcomes_do_not_depend_on_the_batch_size_or_on_the_other_images() -> None:
+    model = sharp(0).double()
+    images, labels = data_for(model.float())
+    model, images = model.double(), images.double()
+    whole = evaluate(model, (images, labels), attacks="fgsm,pgd5,cw5", eps=0.2, restarts=2)
+    parts = evaluate(model, (images, labels), attacks="fgsm,pgd5,cw5", eps=0.2, restarts=2, batch_size=7)
+    assert [r.outcomes for r in whole.results] == [r.outcomes for r in parts.results]
+    some = evaluate(model, TensorDataset(images, labels), attacks="pgd5", eps=0.2, num_images=15, seed=3)
+    again = evaluate(model, (images, labels), attacks="pgd5", eps=0.2, num_images=15, seed=3)
+    chosen = some.facts["data"]["indices"]
+    assert len(set(chosen)) == 15 and chosen == sorted(chosen)
+    assert chosen != evaluate(model, (images, labels), attacks="clean", num_images=15, seed=4).facts["data"]["indices"]
+    assert some.result("pgd5").outcomes == again.result("pgd5").outcomes
+    assert some.result("clean").outcomes == [i % 5 != 0 for i in chosen]
+
+
+@pytest.mark.parametrize(
+    ("how", "counts"),
+    [("outside the ball", False), ("outside [0, 1]", False), ("right", False), ("inside", True)],
+)
+def test_only_examples_in_the_ball_that_fool_the_network_count(how: str, counts: bool) -> None:
+    # class 1 from a mean above 1/2
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mean = x.flatten(1).mean(1)
+            return torch.stack([0.5 - mean, mean - 0.5], 1)
+
+    class Cheat(GradientAttack):
+        def __call__(self, model, images, labels, threat, noise):  # type: ignore[no-untyped-def]
+            target = {"outside the ball": 0.55, "outside [0, 1]": 0.55, "right": 0.45, "inside": 0.51}[how]
+            rows = torch.full_like(images, target)
+            if how == "outside [0, 1]":
+                rows[..., 0] = -0.5
+            return Attacked(rows)
+
+    images = torch.full((4, 1, 4, 4), 0.45)
+    eps = 1.0 if how == "outside [0, 1]" else 0.07
+    found = evaluate(Mean(), (images, torch.zeros(4, dtype=torch.long)), attacks=[Cheat("cheat")], eps=eps)
+    assert found.results[1].correct == (0 if counts else 4)
+
+
+def test_the_worst_case_is_what_no_attack_fools() -> None:
+    model = sharp(0)
+    found = evaluate(model, data_for(model), attacks="fgsm,pgd3,cw3", eps=[0.1, 0.2])
+    for worst in found.worst_case():
+        each = [r.outcomes for r in found.results if r.eps == worst.eps]
+        assert len(each) == 3
+        assert worst.outcomes == [all(row) for row in zip(*each, strict=True)]
+    assert [worst.eps for worst in found.worst_case()] == [0.1, 0.2]
+
+
+def test_the_network_comes_out_as_it_went_in() -> None:
+    model = sharp(0, dropout=0.5)
+    data = data_for(model)
+    model.train()
+    model[1].eval()
+    modes = [m.training for m in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    evaluate(model, data, attacks="fgsm,pgd3,cw3", eps=0.02)
+    assert torch.equal(torch.rand(3), expected)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes() -> None:
+    class Small(Probe):
+        largest = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 9:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            self.largest = max(self.largest, len(x))
+            return self.net(x)
+
+    model = sharp(0).double()
+    images, labels = data_for(model.float())
+    model, data = model.double(), (images.double(), labels)
+    small = Small(model)
+    found = evaluate(small, data, attacks="pgd3", eps=0.2, batch_size=32)
+    assert found.result("pgd3").outcomes == evaluate(model, data, attacks="pgd3", eps=0.2).result("pgd3").outcomes
+    assert small.largest == 8
+    assert found.facts["batch_size"] == 8
+
+
+def test_an_error_that_is_not_of_memory_is_raised() -> None:
+    class Broken(Probe):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        evaluate(Broken(linear()), data_for(linear()))
+
+
+# going on
+
+
+def test_an_evaluation_goes_on_from_its_journal_and_adds_what_is_new(tmp_path: Path) -> None:
+    model = sharp(0)
+    data = data_for(model)
+    options = {"eps": 0.2, "batch_size": 8, "journal": tmp_path / "journal.jsonl"}
+    whole = evaluate(model, data, attacks="fgsm,pgd3", **options)
+    text = options["journal"].read_text()
+    assert len(text.splitlines()) == 5 * 3
+    # the third block was being written
+    options["journal"].write_text("".join(text.splitlines(keepends=True)[:7]) + text.splitlines()[7][:40])
+    again = evaluate(model, data, attacks="fgsm,pgd3", **options)
+    assert [r.outcomes for r in again.results] == [r.outcomes for r in whole.results]
+    assert len(options["journal"].read_text().splitlines()) == 15
+
+    calls = []
+    handle = model.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    more = evaluate(model, data, attacks="fgsm,pgd3,pgd4", **options)
+    handle.remove()
+    assert [r.outcomes for r in more.results[:3]] == [r.outcomes for r in whole.results]
+    # the classes, the flags of the first block, and five blocks of PGD-4
+    assert sum(calls) <= 1 + 3 * 8 + 5 * 40
+
+
+def test_a_journal_of_other_weights_data_or_settings_is_not_used(tmp_path: Path) -> None:
+    model, other = sharp(0), sharp(1)
+    data = data_for(model)
+    options = {"attacks": "pgd3", "journal": tmp_path / "journal.jsonl"}
+    evaluate(model, data, eps=0.02, **options)
+    for changed in (
+        {"model": other, "data": data, "eps": 0.2},
+        {"model": model, "data": (data[0].flip(0), data[1].flip(0)), "eps": 0.2},
+        {"model": model, "data": data, "eps": 0.3},
+        {"model": model, "data": data, "eps": 0.2, "step_size": 0.02},
+        {"model": model, "data": data, "eps": 0.2, "seed": 1},
+        {"model": model, "data": data, "eps": 0.2, "mean": [0.1]},
+    ):
+        lines = len(options["journal"].read_text().splitlines())
+        found = evaluate(**changed, **options)
+        fresh = evaluate(**changed, attacks="pgd3")
+        assert [r.outcomes for r in found.results] == [r.outcomes for r in fresh.results]
+        assert len(options["journal"].read_text().splitlines()) > lines
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 400), max_size=4))
+def test_a_journal_cut_at_any_byte_keeps_its_whole_lines(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
+    written: list[str] = []
+    for number, cut in enumerate([*cuts, 10**6]):
+        journal = Journal(path)
+        assert list(journal.records) == written
+        journal.add(f"key {number}", {"outcomes": "1" * number})
+        content = path.read_bytes()[:cut]
+        path.write_bytes(content)
+        written = [
+            json.loads(line)["key"] for line in content.decode().splitlines(keepends=True) if line.endswith("\n")
+        ]
+    assert list(Journal(path).records) == written
+
+
+KILLED = """
+import os, random, signal, sys, time
+from test_evaluation import Journal, Path, Probe, data_for
+from tiny import sharp
+from torchdistill_adv.evaluation import evaluate
+
+class Slow(Probe):
+    def forward(self, x):
+        time.sleep(0.01)
+        return self.net(x)
+
+def outcomes(journal):
+    model = sharp(0)
+    found = evaluate(Slow(model), data_for(model), attacks="fgsm,pgd4,cw4", eps=0.2, batch_size=4, journal=journal)
+    return [result.outcomes for result in found.results]
+
+folder, draw, lines = Path(sys.argv[1]), random.Random(0), []
+for _ in range(4):
+    # the imports, which take longer than the evaluation, are made once
+    process = os.fork()
+    if not process:
+        outcomes(folder / "killed.jsonl")
+        os._exit(0)
+    time.sleep(draw.uniform(0.2, 0.5))
+    os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status), "it was done before it was killed"
+    lines.append(len(Journal(folder / "killed.jsonl").records))
+assert lines == sorted(lines) and 0 < lines[0] < lines[-1] < 40, lines
+assert outcomes(folder / "killed.jsonl") == outcomes(folder / "whole.jsonl")
+"""
+
+
+def test_an_evaluation_that_is_killed_again_and_again_ends_with_the_same_outcomes(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    found = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr
+
+
+# flags
+
+
+def flags_of(model: nn.Module, data: tuple[Tensor, Tensor], **options: object) -> set[str]:
+    options = {"attacks": "fgsm,pgd10,cw10", "eps": 0.2, **options}
+    return {flag.name for flag in evaluate(model, data, **options).flags}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("which", ["plain", "robust", "sharp"])
+def test_an_honest_network_raises_no_flag(which: str, norm: str) -> None:
+    radii = [factor * EPS[norm] for factor in (0.3, 1, 2)]
+    assert flags_of(trained(which), digits(359), attacks="fgsm,pgd10,cw10,pgd50", eps=radii, norm=norm) == set()
+
+
+class Saturated(Probe):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e5 * self.net(x)
+
+
+class Quantised(Probe):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x * 16).round() / 16)
+
+
+@pytest.mark.parametrize("fault", [Saturated, Quantised])
+def test_masked_gradients_are_flagged(fault: type[Probe]) -> None:
+    assert flags_of(fault(trained("plain")).eval(), digits(359)) == {"gradient masking"}
+
+
+class Random(Probe):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + 0.05 * torch.randn_like(x))
+
+
+class Softmax(Probe):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).softmax(1)
+
+
+def test_faults_of_the_network_or_of_the_data_are_flagged() -> None:
+    model = sharp(0)
+    images, labels = data = data_for(model)
+    assert "randomised model" in flags_of(Random(model), data)
+    assert "probabilities" in flags_of(Softmax(model), data)
+    assert flags_of(model.train(), data) == {"model in train mode"}
+    model.eval()
+    assert "inputs out of range" in flags_of(model, (images * 255, labels))
+    assert "inputs out of range" in flags_of(model, data, mean=[0.5], std=[2.0])
+    assert "clean accuracy near chance" in flags_of(model, (images, (labels + 1 + torch.arange(40) % 4) % NUM_CLASSES))
+
+
+def test_a_stronger_attack_that_is_weaker_is_flagged() -> None:
+    class Nothing(GradientAttack):
+        """An attack with the name of a stronger one."""
+
+        def __call__(self, model, images, labels, threat, noise):  # type: ignore[no-untyped-def]
+            return Attacked(images)
+
+    model = sharp(0)
+    data = data_for(model)
+    found = evaluate(model, data, attacks=["pgd5", Nothing("pgd", 50)], eps=0.3)
+    assert [flag.name for flag in found.flags] == ["gradient masking"]
+    assert "pgd50" in found.flags[0].message and "pgd5 " in found.flags[0].message
+
+
+# statistics
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_intervals_are_those_of_scipy(counts: tuple[int, int]) -> None:
+    interval = scipy.stats.binomtest(*counts).proportion_ci(method="wilson")
+    assert wilson_interval(*counts) == pytest.approx((100 * interval.low, 100 * interval.high), abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_the_sign_test_is_that_of_scipy(pairs: list[tuple[bool, bool]]) -> None:
+    first, second = zip(*pairs, strict=True)
+    wins = sum(a and not b for a, b in pairs)
+    differing = sum(a != b for a, b in pairs)
+    expected = scipy.stats.binomtest(wins, differing, alternative="greater").pvalue if differing else 1.0
+    assert sign_test(first, second) == pytest.approx(expected)
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attacks": "pdg20"}, "did you mean 'pgd20'"),
+        ({"attacks": "autoatack"}, "did you mean 'autoattack'"),
+        ({"attacks": "pgd0"}, "found attack 'pgd0'"),
+        ({"attacks": "cwl2", "norm": "linf"}, "cwl2 with norm 'linf'; it measures in l2"),
+        ({"attacks": "fgsm", "eps": 8}, "eps: found 8; eps is in pixels of [0, 1], so write 8/255"),
+        ({"attacks": "fgsm", "eps": "8"}, "write 8/255"),
+        ({"attacks": "fgsm", "eps": -1}, "eps: found -1"),
+        ({"attacks": "fgsm", "norm": "l1"}, "norm: found 'l1'"),
+        ({"attacks": "pgd5", "restarts": 0}, "restarts: found 0"),
+        ({"attacks": "pgd5", "step_size": 0}, "step_size: found 0"),
+        ({"num_images": 0}, "num_images: found 0"),
+        ({"batch_size": -3}, "batch_size: found -3"),
+        ({"data": (torch.rand(0, 2, 6, 6), torch.zeros(0))}, "data: found a data set without images"),
+        ({"data": (pixels(), torch.full((40,), 7))}, "data: found label 7; the model has the classes 0 to 4"),
+        ({"data": (pixels(), torch.rand(40, 5))}, "data: found labels (40, 5)"),
+        ({"data": ((pixels() * 255).byte(), torch.zeros(40).long())}, "data: gives a tensor of torch.uint8"),
+        ({"model": nn.Identity()}, "model: returns a tensor (1, 2, 6, 6); an evaluation needs logits"),
+        ({"model": nn.LSTM(6, 3), "data": (torch.rand(4, 5, 6), torch.zeros(4).long())}, "model: returns a tuple"),
+    ],
+)
+def test_bad_input_says_what_to_write(options: dict[str, object], message: str) -> None:
+    options = {"model": linear(), "data": data_for(linear()), **options}
+    with pytest.raises(ConfigError) as error:
+        evaluate(**options)  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
+# pixels
+
+
+def test_the_normalisation_is_found_in_the_transforms_of_the_data() -> None:
+    to_tensor, normalize = transforms.ToTensor(), transforms.Normalize([0.1, 0.2], [0.3, 0.4])
+    for transform in (
+        transforms.Compose([to_tensor, normalize]),
+        transforms.Compose([transforms.Compose([to_tensor, normalize])]),
+        v2.Compose([v2.ToImage(), v2.Normalize([0.1, 0.2], [0.3, 0.4])]),
+        normalize,
+    ):
+        data = Digits("test", transform=transform)
+        for wrapped in (data, Subset(Subset(data, [1, 2]), [0])):
+            assert find_normalization(wrapped) == ((0.1, 0.2), (0.3, 0.4))
+    assert find_normalization(Digits("test", transform=to_tensor)) == ((0.0,), (1.0,))
+    assert find_normalization(TensorDataset(pixels())) == ((0.0,), (1.0,))
+    twice = transforms.Compose([normalize, transforms.Normalize([0.0], [1.0])])
+    with pytest.raises(ConfigError, match="2 different Normalize"):
+        find_normalization(Digits("test", transform=twice))
+
+
+def test_normalised_images_become_the_pixels_that_they_were() -> None:
+    model = PixelModel(nn.Identity(), (0.4, 0.5), (0.3, 0.25))
+    images = torch.randint(256, (5, 2, 4, 4)) / 255
+    normalized = transforms.Normalize([0.4, 0.5], [0.3, 0.25])(images)
+    back = model.to_pixels(normalized)
+    torch.testing.assert_close(back, images, rtol=0, atol=1e-6)
+    assert back.min() >= 0 and back.max() <= 1
+    torch.testing.assert_close(model(images), normalized)
+    assert model.to_pixels(normalized + 10).max() > 1
+
+
+def test_the_digest_of_the_weights_sees_every_weight_and_buffer() -> None:
+    model = network(0)
+    digests = {weights_digest(model)}
+    for value in model.state_dict().values():
+        with torch.no_grad():
+            value.view(-1)[-1] += 1
+        digests.add(weights_digest(model))
+    assert len(digests) == 1 + len(model.state_dict())
+    assert weights_digest(network(0)) in digests
+    assert math.isfinite(int(weights_digest(model), 16))

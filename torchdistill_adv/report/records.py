@@ -1,0 +1,248 @@
+"""Run directories, read back: what a run was, how its training went, and what was measured on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import torchdistill_adv
+from torchdistill_adv.errors import ConfigError
+from torchdistill_adv.runner.check import student_name
+from torchdistill_adv.runner.records import METRICS
+from torchdistill_adv.runner.setup import override
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Args:
+        directory: where its records are.
+        name: of the directory, with as many of those above it as tell it from the other runs.
+        config: its YAML with the overrides, as plain mappings; None for a run that trained nothing.
+        facts: ``command``, ``seed``, ``device``, ``overrides`` and ``versions``, as far as they were recorded.
+        epochs: the record of every epoch; where a run went on from an earlier one, the later record.
+        test: accuracies on the test set; None for a run that has not ended.
+        evaluation: ``evaluation.json``, if there is one.
+        similarity: ``similarity.json``, if there is one.
+    """
+
+    directory: Path
+    name: str
+    config: Json | None
+    facts: Json
+    epochs: Sequence[Json]
+    test: Json | None
+    evaluation: Json | None
+    similarity: Json | None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The student's weights, which stand beside the directory."""
+        if self.config is None:
+            return None
+        trained = str(_student(self.config).get("dst_ckpt", ""))
+        return self.directory.with_name(self.directory.name + Path(trained).suffix)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Runs of one configuration, which differ in their seed only."""
+
+    name: str
+    runs: Sequence[Run]
+
+
+def read_runs(directories: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """The runs of some directories, with names apart.
+
+    Raises:
+        ConfigError: one is no directory of a run, or holds a file that cannot be read.
+    """
+    paths = list({Path(directory).resolve(): Path(directory) for directory in directories}.values())
+    if not paths:
+        raise ConfigError("found none; write the directory of at least one run", "RUN")
+    return [_read_run(path, name) for path, name in zip(paths, names_apart(paths), strict=True)]
+
+
+def names_apart(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many parts as all of them need to differ."""
+    parts = [path.resolve().parts[1:] or ("/",) for path in paths]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return ["/".join(each) for each in parts]
+
+
+def _read_run(directory: Path, name: str) -> Run:
+    if not directory.is_dir():
+        sibling = directory.with_suffix("")
+        hint = f"write the run's directory '{sibling}'" if sibling.is_dir() else "write the directory of a run"
+        raise ConfigError(f"found {'a file' if directory.exists() else 'nothing'} there; {hint}", str(directory))
+    if not (directory / METRICS).is_file():
+        inside = sorted(child.name for child in directory.iterdir())
+        runs = [child for child in inside if (directory / child / METRICS).is_file()]
+        there = f"runs are in it: {', '.join(runs)}" if runs else f"in it: {', '.join(inside[:10]) or 'nothing'}"
+        raise ConfigError(
+            f"has no {METRICS}; {there}. Write the directory that training leaves beside its checkpoint", str(directory)
+        )
+    records = list(_read_lines(directory / METRICS))
+    facts = _read_json(directory / "run.json") or {}
+    epochs = {record["epoch"]: record for record in records if "epoch" in record}
+    return Run(
+        directory,
+        name,
+        _read_config(directory / "config.yaml", facts.get("overrides") or {}),
+        facts,
+        [epochs[number] for number in sorted(epochs)],
+        next((record["test"] for record in reversed(records) if "test" in record), None),
+        _checked(directory / "evaluation.json", EVALUATION, "evaluate"),
+        _checked(directory / "similarity.json", SIMILARITY, "metrics"),
+    )
+
+
+def _read_lines(path: Path) -> Iterator[Json]:
+    """Every record of a file with a record a line; the last line may be cut off, as a killed run leaves it."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        record = _parsed(line)
+        if isinstance(record, Mapping):
+            yield record
+        elif number < len(lines):
+            raise ConfigError(f"line {number} is no record: {line[:60]!r}; remove it", str(path))
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _read_json(path: Path) -> Json | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is no JSON: {error}; remove it, or write it again", str(path)) from error
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"found {type(found).__name__}, not an object; remove it, or write it again", str(path))
+    return found
+
+
+# entries that the report reads, and those of a block or of every item of a list
+EVALUATION: Mapping[str, Sequence[str]] = {
+    "data": (),
+    "norm": (),
+    "results": ("attack", "settings", "eps", "num_images", "accuracy", "interval", "seconds", "gradient_evaluations"),
+    "worst_case": ("eps", "accuracy", "interval"),
+    "flags": ("name", "message"),
+}
+SIMILARITY: Mapping[str, Sequence[str]] = {
+    "data": ("num_images", "of", "dataset"),
+    "similarity": ("num_right", "flipped", "num_compared", "magsim", "angsim", "definition"),
+    "diversity": ("definition", "settings", "num_images", "results"),
+    "agreement": ("definition", "settings", "clean", "student", "teacher"),
+}
+
+
+def _checked(path: Path, entries: Mapping[str, Sequence[str]], command: str) -> Json | None:
+    """A file that a command wrote, if it is there, with all ``entries``: one of another version may lack some.
+
+    Raises:
+        ConfigError: it lacks one.
+    """
+    found = _read_json(path)
+    if found is None:
+        return None
+    for name, inner in entries.items():
+        value = found.get(name)
+        blocks = value if isinstance(value, list) else [value or {}]
+        lacking = [f"{name}.{entry}" for block in blocks for entry in inner if entry not in block]
+        if name not in found or lacking:
+            theirs = (found.get("versions") or {}).get("torchdistill_adv", "unknown")
+            raise ConfigError(
+                f"has no entry '{(lacking or [name])[0]}': it is of version {theirs} of torchdistill_adv, and this is "
+                f"{torchdistill_adv.__version__}; run torchdistill-adv {command} again",
+                str(path),
+            )
+    return found
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as plain mappings: what a tag stands for is neither imported nor built."""
+
+
+def _plain(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    assert isinstance(node, yaml.ScalarNode)
+    return loader.construct_scalar(node)
+
+
+_PlainLoader.add_multi_constructor("!", _plain)
+
+
+def _read_config(path: Path, overrides: Json) -> Json | None:
+    if not path.is_file():
+        return None
+    try:
+        # bound to the SafeLoader above
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is no YAML: {error}", str(path)) from error
+    if not isinstance(config, dict) or not isinstance(config.get("models"), dict):
+        raise ConfigError("is no configuration of a run: it has no section models", str(path))
+    # anchors share their blocks, and an override is for one place
+    config = json.loads(json.dumps(config, default=str))
+    for key, value in overrides.items():
+        override(config, key, value)
+    return config
+
+
+def _student(config: Json) -> Json:
+    return config["models"].get(student_name(config["models"])) or {}
+
+
+def without(value: Any, *names: str) -> Any:
+    """A copy of plain YAML without the entries of some names, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without(item, *names) for key, item in value.items() if key not in names}
+    return [without(item, *names) for item in value] if isinstance(value, list) else value
+
+
+def group(runs: Sequence[Run]) -> list[Method]:
+    """Runs by configuration, in the order of the first of each; where a run writes its checkpoint does not count."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        # a run without a configuration stands for itself
+        same = (
+            str(run.directory)
+            if run.config is None
+            else json.dumps(without(run.config, "dst_ckpt", "ckpt"), sort_keys=True)
+        )
+        found.setdefault(same, []).append(run)
+    names = [_method_name(group) for group in found.values()]
+    return [
+        Method(name if names.count(name) == 1 else f"{name} ({group[0].name})", group)
+        for name, group in zip(names, found.values(), strict=True)
+    ]
+
+
+def _method_name(runs: Sequence[Run]) -> str:
+    """``adaad`` for the runs adaad-0 and adaad-1, or for adaad/seed0 and adaad/seed1."""
+    first = runs[0].name
+    return first if len(runs) == 1 else re.sub(r"[-_./ ]*(seed)?[-_./ ]*\d*$", "", first) or first
