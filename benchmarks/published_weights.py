@@ -1,6 +1,6 @@
 """Accuracy of published CIFAR-10 weights, robust and not: does the evaluation tell them apart as published?
 
-    OMP_NUM_THREADS=2 python benchmarks/published_weights.py --data FOLDER --num_images 1000
+    OMP_NUM_THREADS=1 python benchmarks/published_weights.py --data FOLDER --num_images 500
 
 ``FOLDER`` holds ``realdata.py``, with ``JpegPack(name)`` for images and ``pretrained(name)`` for networks that take
 pixels of [0, 1], and what they read; it is no part of this project. The table goes to ``docs/published_weights.md``.
@@ -71,8 +71,8 @@ def write_page(found: Mapping[str, Evaluation], command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with realdata.py")
-    parser.add_argument("--num_images", type=int, default=1000)
-    parser.add_argument("--attacks", default="clean,fgsm,pgd10,pgd20,cw30")
+    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--attacks", default="clean,fgsm,pgd10,cw30,autoattack")
     parser.add_argument("--networks", nargs="+", default=list(KNOWN), choices=list(KNOWN))
     parser.add_argument("--folder", type=Path, default=Path("results/published_weights"))
     args = parser.parse_args(argv)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found[name].write(args.folder / f"{name}.json")
         print(name, found[name].table(), sep="\n", flush=True)
         given = f"--num_images {args.num_images} --attacks {args.attacks}"
-        write_page(found, f"OMP_NUM_THREADS=2 python benchmarks/published_weights.py --data FOLDER {given}")
+        write_page(found, f"OMP_NUM_THREADS=1 python benchmarks/published_weights.py --data FOLDER {given}")
 
 
 if __name__ == "__main__":

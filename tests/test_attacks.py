@@ -15,13 +15,15 @@ from torch import nn
 
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.evaluation import GradientAttack, evaluate, parse_attacks, pixel_threat
-from torchdistill_adv.evaluation.attacks import ImageNoise, describe
+from torchdistill_adv.evaluation.attacks import describe
 from torchdistill_adv.evaluation.carlini_wagner import CarliniWagnerL2
+from torchdistill_adv.noise import ImageNoise
 
 NORMS = ("linf", "l2")
 NAMES = ("fgsm", "pgd20", "cw30")
 NETWORKS = ("plain", "robust", "sharp")
 HALF_A_POINT = 0.005
+COUNT = 600
 
 
 def noise(x, seed=0):
@@ -31,14 +33,14 @@ def noise(x, seed=0):
 @functools.cache
 def ours(which, name, norm):
     """Our examples."""
-    x, y = digits()
+    x, y = digits(COUNT)
     (attack,) = parse_attacks(name)
     return attack(network(which), x, y, pixel_threat(EPS[norm], norm), noise(x)).rows
 
 
 def theirs(which, name, norm, start):
     """foolbox's examples, from our start."""
-    x, y = digits()
+    x, y = digits(COUNT)
     if name == "fgsm":
         attack = {"linf": foolbox.attacks.FGSM, "l2": foolbox.attacks.L2FastGradientAttack}[norm]()
     else:
@@ -64,7 +66,7 @@ def margin_loss(model, labels):
     ("which", "name"), [(which, name) for which in ("plain", "robust") for name in NAMES] + [("sharp", "pgd20")]
 )
 def test_from_the_same_start_the_outcomes_are_those_of_foolbox(which, name, norm):
-    x, y = digits()
+    x, y = digits(COUNT)
     threat = pixel_threat(EPS[norm], norm)
     start = threat.random_start(x, noise(x).some(torch.arange(len(x)), 0).uniform(x.shape))
     clean = right(network(which), x, y)
@@ -77,7 +79,7 @@ def test_from_the_same_start_the_outcomes_are_those_of_foolbox(which, name, norm
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_are_in_the_ball_and_are_images(name, norm):
-    x, _ = digits()
+    x, _ = digits(COUNT)
     rows = ours("robust", name, norm)
     moved = (rows - x).flatten(1)
     assert (moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)).max() <= EPS[norm] * (1 + 1e-5)
@@ -202,7 +204,7 @@ def test_names_are_parsed():
     ("names", "message"),
     [
         ("clean,pdg20", "did you mean 'pgd20'"),
-        ("auto-attack", "did you mean 'autoattack'"),
+        ("auto_attack", "did you mean 'autoattack'"),
         ("pgd0", "did you mean 'pgd20'"),
         ("pgd", "did you mean 'pgd20'"),
         ("fgsm7", "did you mean 'fgsm'"),

@@ -18,9 +18,9 @@ from torch import nn
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.evaluation import autoattack as adapter
 from torchdistill_adv.evaluation import parse_attacks, pixel_threat
-from torchdistill_adv.evaluation.attacks import ImageNoise
 from torchdistill_adv.evaluation.autoattack import AutoAttack
 from torchdistill_adv.evaluation.carlini_wagner import CarliniWagnerL2
+from torchdistill_adv.noise import ImageNoise
 
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 SEED = 3
@@ -30,9 +30,9 @@ def attack(net, x, y, norm, eps, which=None):
     return (which or AutoAttack())(net, x, y, pixel_threat(eps, norm), ImageNoise(SEED, range(len(x)), x))
 
 
-def problem(which, count=80):
+def problem(which):
     """Digits that the network classifies rightly."""
-    x, y = digits(count)
+    x, y = (part[:50] for part in digits(80))
     kept = right(network(which), x, y)
     return network(which), x[kept], y[kept]
 

@@ -146,7 +146,7 @@ def test_bad_options_are_one_line_that_says_what_to_write(
 ) -> None:
     config = str(make_config(tmp_path))
     common = ("--config", config, "--ckpt", str(checkpoint))
-    assert "did you mean 'autoattack'" in error_of(capsys, *common, "--attacks", "clean,auto-attack")
+    assert "did you mean 'autoattack'" in error_of(capsys, *common, "--attacks", "clean,autoatack")
     assert "so write 8/255" in error_of(capsys, *common, "--eps", "8")
     assert "eps: found 'large'" in error_of(capsys, *common, "--eps", "large")
     assert "--mean, --std: found one without the other" in error_of(capsys, *common, "--mean", "0.5")
@@ -161,6 +161,30 @@ def test_bad_options_are_one_line_that_says_what_to_write(
     assert "models.student_model: found" in missing and "train first" in missing
     assert "--config: found" in error_of(capsys, "--config", str(tmp_path / "no.yaml"))
     assert "is not there" in error_of(capsys, *common, "--device", "cuda:7")
+
+
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("--config", str(make_config(tmp_path)), "--ckpt", str(checkpoint), "--attacks", "clean")
+    refused = error_of(capsys, *common, "--out", str(tmp_path))
+    assert f"--out: found the folder {tmp_path}; write a file, such as {tmp_path}/evaluation.json" in refused
+    assert "which cannot be used" in error_of(capsys, *common, "--out", str(checkpoint / "out.json"))
+    assert not list(tmp_path.parent.glob("*.journal.jsonl"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["evaluate", *common, "--num_images", "5", "--out", "~/new/results"]) == 0
+    assert json.loads((tmp_path / "new" / "results").read_text())["data"]["num_images"] == 5
+
+
+def test_an_interrupt_is_one_line(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.Flatten, "forward", interrupt)
+    assert main(["evaluate", "--config", str(make_config(tmp_path)), "--ckpt", str(checkpoint)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "torchdistill-adv: interrupted"
 
 
 def test_a_data_set_without_images_is_refused(

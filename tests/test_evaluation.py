@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
-from fixed_networks import EPS, digits, linear_problem
+from fixed_networks import EPS, Sharpened, digits, linear_problem
 from fixed_networks import network as trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny import NUM_CLASSES, network, sharp
 from torch import Tensor, nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -58,7 +60,22 @@ class Probe(nn.Module):
         self.net = net
 
 
+class Mean(nn.Module):
+    """Class 1 from a mean above 1/2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1)
+        return torch.stack([0.5 - mean, mean - 0.5], 1)
+
+
 # outcomes
+
+
+def test_pixels_that_were_outside_of_the_range_are_attacked_all_the_same() -> None:
+    images = torch.full((4, 1, 4, 4), 0.45)
+    images[..., 0, 0], images[..., 0, 1] = -0.5, 1.5
+    found = evaluate(Mean(), (images, torch.zeros(4, dtype=torch.long)), attacks="fgsm", eps=0.2)
+    assert [result.correct for result in found.results] == [4, 0]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -133,22 +150,16 @@ def test_outcomes_do_not_depend_on_the_batch_size_or_on_the_other_images() -> No
     [("outside the ball", False), ("outside [0, 1]", False), ("right", False), ("inside", True)],
 )
 def test_only_examples_in_the_ball_that_fool_the_network_count(how: str, counts: bool) -> None:
-    # class 1 from a mean above 1/2
-    class Mean(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            mean = x.flatten(1).mean(1)
-            return torch.stack([0.5 - mean, mean - 0.5], 1)
-
     class Cheat(GradientAttack):
         def __call__(self, model, images, labels, threat, noise):  # type: ignore[no-untyped-def]
-            target = {"outside the ball": 0.55, "outside [0, 1]": 0.55, "right": 0.45, "inside": 0.51}[how]
+            target = {"outside the ball": 0.55, "outside [0, 1]": 0.9, "right": 0.45, "inside": 0.51}[how]
             rows = torch.full_like(images, target)
             if how == "outside [0, 1]":
                 rows[..., 0] = -0.5
             return Attacked(rows)
 
     images = torch.full((4, 1, 4, 4), 0.45)
-    eps = 1.0 if how == "outside [0, 1]" else 0.07
+    eps = 1.0 if how == "outside [0, 1]" else 0.0999
     found = evaluate(Mean(), (images, torch.zeros(4, dtype=torch.long)), attacks=[Cheat("cheat")], eps=eps)
     assert found.results[1].correct == (0 if counts else 4)
 
@@ -161,6 +172,59 @@ def test_the_worst_case_is_what_no_attack_fools() -> None:
         assert len(each) == 3
         assert worst.outcomes == [all(row) for row in zip(*each, strict=True)]
     assert [worst.eps for worst in found.worst_case()] == [0.1, 0.2]
+
+
+def test_a_radius_of_zero_or_given_twice() -> None:
+    model = sharp(0)
+    found = evaluate(model, data_for(model), attacks="fgsm,pgd3", eps=[0, "51/255", 0.2])
+    assert [(r.attack, r.eps) for r in found.results[1:]] == [(a, eps) for eps in (0, 0.2) for a in ("fgsm", "pgd3")]
+    assert [worst.eps for worst in found.worst_case()] == [0, 0.2]
+    assert found.worst_case()[0].outcomes == found.result("clean").outcomes
+    # the header, a clean row, and three rows for each radius
+    assert [line.split("|")[1].strip() for line in found.table().splitlines()[2:9]] == [
+        "clean", *["fgsm", "pgd3", "worst case"] * 2
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_and_data_of_any_type(dtype: torch.dtype) -> None:
+    model, (images, labels) = trained("robust"), digits(200)
+    expected = evaluate(model, (images, labels), attacks="fgsm", eps=0.15).result("fgsm")
+    for net, data in (
+        (copy.deepcopy(model).to(dtype), (images, labels.to(torch.uint8))),
+        (copy.deepcopy(model).to(dtype), (images.to(dtype), labels.int())),
+        (model, (images.to(dtype), labels)),
+    ):
+        found = evaluate(net, data, attacks="fgsm", eps=0.15)
+        assert sum(a != b for a, b in zip(found.result("fgsm").outcomes, expected.outcomes, strict=True)) <= 4
+        assert found.flags == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_items_may_hold_more_than_image_and_label(num_workers: int) -> None:
+    model = sharp(0)
+    images, labels = data_for(model)
+    items = [
+        (image.numpy(), int(label), {"place": i}) for i, (image, label) in enumerate(zip(images, labels, strict=True))
+    ]
+    found = evaluate(model, items, attacks="pgd3", eps=0.2, num_workers=num_workers)
+    expected = evaluate(model, (images, labels), attacks="pgd3", eps=0.2)
+    assert [r.outcomes for r in found.results] == [r.outcomes for r in expected.results]
+
+
+def test_logits_that_are_no_number_are_never_right() -> None:
+    class Faulty(Probe):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) * torch.where(x.amax((1, 2, 3)) > 0.99, torch.nan, 1.0)[:, None]
+
+    model = sharp(0)
+    images, _ = data_for(model)
+    with torch.no_grad():
+        # argmax of five NaN is 0
+        labels = Faulty(model)(images).argmax(1)
+    whole = images.amax((1, 2, 3)) <= 0.99
+    assert 0 < int(whole.sum()) < 40
+    assert evaluate(Faulty(model).eval(), (images, labels), attacks="clean").results[0].outcomes == whole.tolist()
 
 
 def test_the_network_comes_out_as_it_went_in() -> None:
@@ -203,10 +267,19 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes() -> None:
 def test_an_error_that_is_not_of_memory_is_raised() -> None:
     class Broken(Probe):
         def forward(self, x: Tensor) -> Tensor:
-            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+            if len(x) > 4:
+                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+            return self.net(x)
+
+    class Full(Probe):
+        def forward(self, x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(RuntimeError, match="mat1"):
         evaluate(Broken(linear()), data_for(linear()))
+    # with one image too
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(Full(linear()), data_for(linear()))
 
 
 # going on
@@ -234,24 +307,74 @@ def test_an_evaluation_goes_on_from_its_journal_and_adds_what_is_new(tmp_path: P
     assert sum(calls) <= 1 + 3 * 8 + 5 * 40
 
 
-def test_a_journal_of_other_weights_data_or_settings_is_not_used(tmp_path: Path) -> None:
+def test_parts_and_distances_are_of_the_examples_that_count_and_the_batch_size_goes_on(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Heavy(GradientAttack):
+        """Fools every other image, at a distance of 0.1."""
+
+        minimal_norm = True
+
+        def __call__(self, model, images, labels, threat, noise):  # type: ignore[no-untyped-def]
+            asked.append(len(images))
+            if len(images) > 9:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            rows = images + 0.01
+            rows[::2] = images[::2] + 0.1
+            return Attacked(rows, ["near", "far"] * (len(images) // 2))
+
+    data = torch.full((40, 1, 4, 4), 0.45), torch.zeros(40, dtype=torch.long)
+    options = {"attacks": [Heavy("heavy")], "eps": [0.05, 0.2], "batch_size": 16, "journal": tmp_path / "journal.jsonl"}
+    near, far = evaluate(Mean(), data, **options).results[1:]
+    assert (near.correct, near.found_by) == (40, {})
+    assert (far.correct, far.found_by) == (20, {"near": 20})
+    assert near.median_distance == far.median_distance == pytest.approx(0.1)
+    assert asked[0] == 16 and set(asked[1:]) == {8}
+    lines = options["journal"].read_text().splitlines(keepends=True)
+    options["journal"].write_text("".join(lines[:3]))
+    asked.clear()
+    assert evaluate(Mean(), data, **options).results[2].outcomes == far.outcomes
+    assert set(asked) == {8}
+
+
+def test_a_randomised_network_goes_on_with_the_numbers_that_it_would_have_had(tmp_path: Path) -> None:
+    model = Random(sharp(0)).eval()
+    options = {"attacks": "fgsm,pgd3", "eps": 0.1, "batch_size": 8, "journal": tmp_path / "journal.jsonl"}
+    whole = evaluate(model, data_for(sharp(0)), **options)
+    lines = options["journal"].read_text().splitlines(keepends=True)
+    options["journal"].write_text("".join(lines[:7]))
+    again = evaluate(model, data_for(sharp(0)), **options)
+    assert [r.outcomes for r in again.results] == [r.outcomes for r in whole.results]
+
+
+def test_a_journal_of_other_weights_data_or_settings_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, other = sharp(0), sharp(1)
     data = data_for(model)
     options = {"attacks": "pgd3", "journal": tmp_path / "journal.jsonl"}
-    evaluate(model, data, eps=0.02, **options)
-    for changed in (
-        {"model": other, "data": data, "eps": 0.2},
-        {"model": model, "data": (data[0].flip(0), data[1].flip(0)), "eps": 0.2},
-        {"model": model, "data": data, "eps": 0.3},
-        {"model": model, "data": data, "eps": 0.2, "step_size": 0.02},
-        {"model": model, "data": data, "eps": 0.2, "seed": 1},
-        {"model": model, "data": data, "eps": 0.2, "mean": [0.1]},
+    same = {"model": model, "data": data, "eps": 0.2}
+    evaluate(**same, **options)
+    # new records: without an attack, and with it
+    for change, new in (
+        ({"model": other}, 2),
+        ({"data": (data[0].flip(0), data[1])}, 2),
+        ({"data": (data[0], (data[1] + 1) % NUM_CLASSES)}, 2),
+        ({"seed": 1}, 2),
+        ({"mean": [0.1]}, 2),
+        ({"eps": 0.3}, 1),
+        ({"step_size": 0.02}, 1),
+        ({}, 0),
     ):
+        changed = same | change
         lines = len(options["journal"].read_text().splitlines())
         found = evaluate(**changed, **options)
         fresh = evaluate(**changed, attacks="pgd3")
         assert [r.outcomes for r in found.results] == [r.outcomes for r in fresh.results]
-        assert len(options["journal"].read_text().splitlines()) > lines
+        assert len(options["journal"].read_text().splitlines()) == lines + new
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    evaluate(**same, **options)
+    assert len(options["journal"].read_text().splitlines()) == lines + 2
 
 
 @settings(deadline=None)
@@ -271,6 +394,32 @@ def test_a_journal_cut_at_any_byte_keeps_its_whole_lines(
             json.loads(line)["key"] for line in content.decode().splitlines(keepends=True) if line.endswith("\n")
         ]
     assert list(Journal(path).records) == written
+
+
+def test_a_network_is_known_by_its_plain_attributes_too(tmp_path: Path) -> None:
+    model = trained("plain")
+    options = {"attacks": "pgd5", "eps": 0.15, "journal": tmp_path / "journal.jsonl"}
+    honest, masked = (
+        evaluate(Sharpened(model, factor).eval(), digits(60), **options).result("pgd5") for factor in (1, 1e5)
+    )
+    assert honest.correct < masked.correct
+
+
+@pytest.mark.parametrize("content", ["a poem\n", "a poem", '{"key": "a"}\n{"loss": 1}\n', '{"key": "a"}\n\n'])
+def test_a_file_of_something_else_is_no_journal_and_stays_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text(content)
+    line = 2 if content.startswith("{") else 1
+    with pytest.raises(ConfigError, match=f"notes.jsonl, whose line {line} is no record"):
+        evaluate(linear(), data_for(linear()), journal=path)
+    assert path.read_text() == content
+
+
+def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "file" / "journal.jsonl", "")):
+        with pytest.raises(ConfigError, match=f"journal: found {path}, which cannot be used: {reason}"):
+            evaluate(linear(), data_for(linear()), journal=path)
 
 
 KILLED = """
@@ -342,6 +491,23 @@ class Quantised(Probe):
 @pytest.mark.parametrize("fault", [Saturated, Quantised])
 def test_masked_gradients_are_flagged(fault: type[Probe]) -> None:
     assert flags_of(fault(trained("plain")).eval(), digits(359)) == {"gradient masking"}
+
+
+def test_a_network_without_a_gradient_is_flagged_and_measured() -> None:
+    class Detached(Probe):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.detach())
+
+    class Infinite(Probe):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1e39 * self.net(x)
+
+    model = sharp(0)
+    data = data_for(model)
+    for fault in (Infinite(model), Detached(model), Detached(model.requires_grad_(False))):
+        found = evaluate(fault.eval(), data, attacks="pgd3,cw3", eps=0.2)
+        assert {flag.name for flag in found.flags} == {"gradient masking"}
+        assert 20 < found.result("clean").correct <= 32
 
 
 class Random(Probe):
@@ -418,7 +584,23 @@ def test_the_sign_test_is_that_of_scipy(pairs: list[tuple[bool, bool]]) -> None:
         ({"batch_size": -3}, "batch_size: found -3"),
         ({"data": (torch.rand(0, 2, 6, 6), torch.zeros(0))}, "data: found a data set without images"),
         ({"data": (pixels(), torch.full((40,), 7))}, "data: found label 7; the model has the classes 0 to 4"),
+        ({"data": (pixels(), torch.full((40,), -1))}, "data: found label -1; the model has the classes 0 to 4"),
+        ({"data": (pixels(), torch.arange(40) // 36 * 9), "batch_size": 8}, "data: found label 9"),
         ({"data": (pixels(), torch.rand(40, 5))}, "data: found labels (40, 5)"),
+        ({"data": (pixels(), torch.rand(40))}, "data: found labels (40,) of torch.float32"),
+        ({"data": (pixels(), torch.zeros(5).long())}, "data: found a tuple that is no (images, labels)"),
+        ({"data": (pixels(), [0] * 40)}, "data: found a tuple that is no (images, labels)"),
+        ({"data": pixels()}, "data: gives a Tensor; an evaluation needs (image, label, ...)"),
+        ({"data": [{"image": pixels()[0], "label": 0}]}, "data: gives a dict; an evaluation needs (image, label, ...)"),
+        ({"data": [(pixels()[0],)]}, "data: gives a tuple; an evaluation needs (image, label, ...)"),
+        ({"data": [(Image.new("RGB", (6, 6)), 0)]}, "data: gives a Image; an evaluation needs images of floats"),
+        ({"data": [(pixels()[0], None)]}, "data: gives a label that is a NoneType"),
+        ({"data": [(pixels()[0], "cat")]}, "data: gives a label that is a str"),
+        ({"data": iter([])}, "data: found a list_iterator; an evaluation needs a data set, such as loader.dataset"),
+        ({"data": DataLoader(TensorDataset(pixels()))}, "data: found a DataLoader; an evaluation needs a data set"),
+        ({"mean": [0.1] * 3, "std": [1.0] * 3}, "mean: found 3 values, but the images have 2 channels"),
+        ({"mean": [0.1, 0.2], "std": [1.0]}, "std: found 1 values; mean has 2"),
+        ({"std": [0.0]}, "std: found 0.0; write a number > 0"),
         ({"data": ((pixels() * 255).byte(), torch.zeros(40).long())}, "data: gives a tensor of torch.uint8"),
         ({"model": nn.Identity()}, "model: returns a tensor (1, 2, 6, 6); an evaluation needs logits"),
         ({"model": nn.LSTM(6, 3), "data": (torch.rand(4, 5, 6), torch.zeros(4).long())}, "model: returns a tuple"),

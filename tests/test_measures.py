@@ -22,10 +22,10 @@ from torch.utils.data import TensorDataset
 from torchdistill_adv.adversaries import BSS, SVGD
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.evaluation.agreement import average_ranks, compare_logits, spearman
-from torchdistill_adv.evaluation.attacks import GradientAttack, ImageNoise
+from torchdistill_adv.evaluation.attacks import GradientAttack
 from torchdistill_adv.evaluation.diversity import SEARCHES, find_particles, sse
 from torchdistill_adv.evaluation.pixels import PixelModel, pixel_threat
-from torchdistill_adv.noise import derive_seed
+from torchdistill_adv.noise import ImageNoise, derive_seed
 from torchdistill_adv.ranking import soft_spearman
 from torchdistill_adv.runner.loading import Experiment
 from torchdistill_adv.runner.measures import as_table, measure

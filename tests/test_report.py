@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
+import shutil
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdistill_adv.errors import ConfigError
+from torchdistill_adv.evaluation.pixels import pixel_threat
 from torchdistill_adv.evaluation.statistics import wilson_interval
-from torchdistill_adv.report import accuracy, curves, page, similarity, toy, write_report
+from torchdistill_adv.report import accuracy, curves, networks, page, similarity, toy, write_report
 from torchdistill_adv.report.records import group, read_runs
 from torchdistill_adv.report.style import CYCLES, PALETTES, THEMES, label, render
 from torchdistill_adv.runner import run
@@ -185,8 +188,8 @@ class TestRecords:
     def test_broken_line_elsewhere_is_refused(self, tmp_path):
         directory = make_run(tmp_path / "run")
         text = (directory / "metrics.jsonl").read_text()
-        (directory / "metrics.jsonl").write_text(text.replace('"epoch": 1,', '"epoch": ,'))
-        with pytest.raises(ConfigError, match="line 2") as error:
+        (directory / "metrics.jsonl").write_text(text.replace('"epoch": 2,', '"epoch": ,'))
+        with pytest.raises(ConfigError, match="line 3") as error:
             read_runs([directory])
         assert error.value.path == str(directory / "metrics.jsonl")
 
@@ -230,6 +233,50 @@ class TestRecords:
         (directory / name).write_text("[1, 2")
         with pytest.raises(ConfigError, match="is no JSON"):
             read_runs([directory])
+
+    def test_epoch_without_its_entries_is_refused(self, tmp_path):
+        directory = make_run(tmp_path / "run", epochs=[{"epoch": 0, "loss": 1.0, "stage": 1}])
+        with pytest.raises(ConfigError, match="has no entry 'terms'") as error:
+            read_runs([directory])
+        assert error.value.path == str(directory / "metrics.jsonl")
+
+    def test_a_run_that_has_just_begun(self, tmp_path):
+        directory = make_run(tmp_path / "run")
+        (directory / "metrics.jsonl").unlink()
+        (found,) = read_runs([directory])
+        assert found.was_trained and found.epochs == [] and found.test is None
+
+    def test_weights_that_were_evaluated_alone_stand_for_themselves(self, tmp_path):
+        trained = make_run(tmp_path / "kd", text=config("s", 4), evaluated=evaluation())
+        other = make_run(tmp_path / "k2", text=config("s", 2), evaluated=evaluation())
+        (tmp_path / "kd-best_robust").mkdir()
+        content = evaluation()
+        content["model"] |= {
+            "config": str(trained / "config.yaml"),
+            "checkpoint": str(tmp_path / "x/kd-best_robust.pt"),
+        }
+        (tmp_path / "kd-best_robust" / "evaluation.json").write_text(json.dumps(content))
+        runs = read_runs([trained, other, tmp_path / "kd-best_robust"])
+        assert runs[2].config == runs[0].config and runs[2].checkpoint == tmp_path / "x/kd-best_robust.pt"
+        assert [run.was_trained for run in runs] == [True, True, False]
+        methods = group(runs)
+        assert [method.name for method in methods] == ["kd", "k2", "kd-best_robust"]
+        # it has no place among the runs that were trained with K particles
+        points = accuracy.collect_ablations(methods)[0].points
+        assert [point.run for k in points for point in points[k]] == ["k2", "kd"]
+        path = write_report([tmp_path / "kd-best_robust"], tmp_path / "out.html", pictures=False)
+        bodies = by_section(path.read_text())
+        assert "kd-best_robust.pt" in bodies["runs"] and "not ended" not in bodies["runs"]
+        assert "<img" in bodies["accuracy"]
+
+    def test_an_evaluated_teacher_has_no_student_to_draw(self, tmp_path):
+        (tmp_path / "kd" / "teacher").mkdir(parents=True)
+        content = evaluation()
+        (tmp_path / "config.yaml").write_text(config())
+        content["model"] |= {"who": "teacher", "config": str(tmp_path / "config.yaml")}
+        (tmp_path / "kd" / "teacher" / "evaluation.json").write_text(json.dumps(content))
+        (found,) = read_runs([tmp_path / "kd" / "teacher"])
+        assert found.config is None and found.evaluation == json.loads(json.dumps(content))
 
     def test_names_have_what_tells_the_runs_apart(self, tmp_path):
         directories = [make_run(tmp_path / method / f"seed{seed}") for method in ("a", "b") for seed in (0, 1)]
@@ -335,7 +382,16 @@ class TestAccuracies:
         assert {eps: p[0].accuracy for eps, p in pgd.points["a"].items()} == {0: 90.0, 0.05: 50.0, 0.1: 35.0}
         (axes,) = accuracy.draw_radius_curves(pgd).axes
         line = axes.lines[0]
-        assert list(line.get_xdata()) == [0, 0.05 * 255, 0.1 * 255] and list(line.get_ydata()) == [90.0, 50.0, 35.0]
+        assert list(line.get_xdata()) == [0, 0.05, 0.1] and list(line.get_ydata()) == [90.0, 50.0, 35.0]
+        assert "pixels of [0, 1]" in axes.get_xlabel()
+
+    def test_radii_in_255ths_are_drawn_as_such(self, tmp_path):
+        by_eps = {2 / 255: (120, 100), 8 / 255: (90, 70)}
+        for norm, radii in (("linf", [0, 2, 8]), ("l2", [0, 2 / 255, 8 / 255])):
+            _, data = self.collect(tmp_path / norm, a=evaluation(by_eps=by_eps, norm=norm))
+            (axes,) = accuracy.draw_radius_curves(accuracy.collect_radius_curves(data)[0]).axes
+            assert list(axes.lines[0].get_xdata()) == pytest.approx(radii)
+            assert ("1/255" in axes.get_xlabel()) == (norm == "linf")
 
     def test_one_radius_gives_no_curve(self, tmp_path):
         _, data = self.collect(tmp_path, a=evaluation())
@@ -437,7 +493,7 @@ class TestSimilarity:
         methods = group(
             read_runs([make_run(tmp_path / "a", compared=metrics()), make_run(tmp_path / "b", text=config("b", 2))])
         )
-        data = similarity.collect_diversity(methods[0].runs[0].similarity)
+        data = similarity.collect_diversity(methods[0].runs[0].similarity["diversity"])
         assert data.searches == {"SVGD, bandwidth median": [(2, 0.5, 0.1), (4, 0.7, 0.1)], "PGD": [(2, 0.2, 0.1)]}
         (axes,) = similarity.draw_diversity(data).axes
         assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.7], [0.2]]
@@ -634,11 +690,33 @@ class TestReport:
     def test_numbers_and_flags_are_there(self, report):
         found = {name: Html(f"<section{body}</section>").text for name, body in by_section(report.read_text()).items()}
         low, high = wilson_interval(150, 200)
-        assert f"75.00{low:.1f} to {high:.1f}" in found["accuracy"]
-        assert "75.25" in found["accuracy"] and "mean of 2 runs" in found["accuracy"]
+        assert f"75.00{low:.1f}\u00a0to\u00a0{high:.1f}" in found["accuracy"]
+        # seconds a run, gradients an image
+        assert "num_steps 202.020.0" in found["accuracy"] and "Device: cpu." in found["accuracy"]
+        # of 75 and 75.5
+        assert "75.25± 0.35" in found["accuracy"] and "mean of 2 runs" in found["accuracy"]
+        assert "Measured on 100 of the 359 images of test, seed 0." in found["similarity"]
+        diversity = "tald-0, tald-1SVGD, bandwidth median20.50.150.0"
+        assert diversity in found["similarity"].replace("\n", "") and "threat l2 eps=0.3" in found["similarity"]
         assert "tald-1: doubt <this>" in found["accuracy"]
         assert "MagSim is ..." in found["similarity"] and "0.600" in found["similarity"]
         assert "num_particles: 3" in found["runs"]
+
+    def test_particles_of_one_teacher_are_drawn_once(self, report, tmp_path):
+        (method,) = group(read_runs([report.parent.parent / "tald-0"]))
+        one = networks.load(method, "cpu", pixel_threat("8/255"))
+        drawn = networks._particles([one, dataclasses.replace(one, name="other")], page.Figures(tmp_path))
+        assert drawn.count("<img") == 1 and "missing" not in drawn
+
+    def test_pictures_are_of_the_weights_beside_the_directory_in_the_ball_evaluated(self, report, tmp_path):
+        folder = report.parent.parent
+        shutil.copytree(folder / "tald-0", tmp_path / "moved")
+        shutil.copy(folder / "tald-1.pt", tmp_path / "moved.pt")
+        (method,) = group(read_runs([tmp_path / "moved"]))
+        one = networks.load(method, "cpu", pixel_threat("8/255"))
+        weights, expected = one.experiment.networks["student"].state_dict(), torch.load(folder / "tald-1.pt")["model"]
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+        assert one.threat == pixel_threat(0.05)
 
     def test_nothing_measured_is_said_in_every_section(self, tmp_path):
         path = write_report([make_run(tmp_path / "run", epochs=[], test=None)], tmp_path / "out.html", pictures=False)
@@ -659,6 +737,39 @@ class TestReport:
         runs = [make_run(tmp_path / name, text=config(name)) for name in ("a b", "a?b")]
         write_report(runs, tmp_path / "out.html", pictures=False)
         assert len(list((tmp_path / "out_files").glob("loss-*-light.png"))) == 2
+
+    def test_unlike_images_of_metrics_are_said(self, tmp_path):
+        runs = []
+        for seed in (0, 1):
+            content = metrics()
+            content["data"]["subset_seed"] = seed
+            runs.append(make_run(tmp_path / f"kd-{seed}", compared=content))
+        body = by_section(write_report(runs, tmp_path / "out.html", pictures=False).read_text())["similarity"]
+        assert "not measured on the same images" in body
+        assert "<li>100 of the 359 images of test, seed 1: kd-1</li>" in body
+
+    def test_the_attack_of_robust_validation_is_named_in_its_own_units(self, tmp_path):
+        robust = {"clean": 70.0, "robust": 30.0, "num_images": 10, "eps": 0.1, "attack": "PGD-10"}
+        epochs = [epoch(0, robust_validation={**robust, "threat": "l2 eps=0.1 in input space"})]
+        path = write_report([make_run(tmp_path / "run", epochs=epochs)], tmp_path / "out.html", pictures=False)
+        assert "under attack (PGD-10, l2 eps=0.1 in input space)" in path.read_text()
+
+    def test_figures_of_an_earlier_report_are_removed(self, tmp_path):
+        folder = tmp_path / "out_files"
+        folder.mkdir()
+        for name in ("accuracy-9-light.png", "accuracy-9-dark.png", "mine.png"):
+            (folder / name).write_bytes(b"")
+        write_report([make_run(tmp_path / "run")], tmp_path / "out.html", pictures=False)
+        assert (folder / "mine.png").exists() and not list(folder.glob("accuracy-9-*"))
+
+    def test_what_cannot_be_written_is_said_before_anything_is_drawn(self, tmp_path):
+        directory = make_run(tmp_path / "run")
+        (tmp_path / "file").write_text("")
+        (tmp_path / "folder.html").mkdir()
+        for out in (tmp_path / "file" / "out.html", tmp_path / "folder.html"):
+            with pytest.raises(ConfigError) as error:
+                write_report([directory], out, pictures=False)
+            assert error.value.path == "--out" and str(out) in error.value.message
 
     def test_out_must_be_html(self, tmp_path):
         with pytest.raises(ConfigError, match=r"ends in \.html") as error:

@@ -26,8 +26,7 @@ from torchvision.transforms import ToTensor
 from torchdistill_adv.adversaries import Examples
 from torchdistill_adv.datasets import Digits
 from torchdistill_adv.errors import ConfigError
-from torchdistill_adv.evaluation.attacks import ImageNoise
-from torchdistill_adv.noise import derive_seed
+from torchdistill_adv.noise import ImageNoise, derive_seed
 from torchdistill_adv.robust_validation import (
     BLOCK,
     RobustValidation,
@@ -36,6 +35,7 @@ from torchdistill_adv.robust_validation import (
     validate_robustly,
     validator_of,
 )
+from torchdistill_adv.runner.check import check_robust_validation
 
 THREAT = {**PIXEL_THREAT, "eps": 0.05}
 SETTINGS = {"threat": THREAT, "ckpt": "student.pt", "num_images": 20}
@@ -141,6 +141,7 @@ def test_measures_what_slow_loops_measure():
         "attack": "PGD-10 on ce_student",
         "norm": "linf",
         "eps": 0.05,
+        "threat": "linf eps=0.05 in pixel space = 12.8/255 in pixels of [0, 1]",
     }
 
 
@@ -352,6 +353,17 @@ def test_an_interrupted_save_leaves_the_file_before(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         next(training)
     assert Path("student-last.pt").read_bytes() == before
+
+
+def test_a_best_student_that_could_not_be_saved_is_not_the_one_to_beat(caplog):
+    box = make(stage())
+    Path("student-best_robust.pt").mkdir()
+    first = next(epochs(box))
+    assert first is not None and validator_of(box).best_robust is None
+    assert "'student-best_robust.pt' was not saved" in caplog.text and Path("student-last.pt").is_file()
+    Path("student-best_robust.pt").rmdir()
+    second = next(epochs(box, start=1))
+    assert validator_of(box).best_robust == second["robust"] and Path("student-best_robust.pt").is_file()
 
 
 def write_best(robust, clean=0.0, **changes):
@@ -615,6 +627,18 @@ def test_images_of_the_test_set(name):
             check_held_out(validation, test)
     else:
         check_held_out(validation, test)
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_validation_images_that_are_trained_on_are_said(name, caplog):
+    make_data, is_said = OVERLAPS[name]
+    validation, training = make_data()
+    config = stage()
+    config["val_data_loader"] = {**config["val_data_loader"], "dataset_id": "val"}
+    config["train_data_loader"] = {**config["train_data_loader"], "dataset_id": "data"}
+    data = {"data": training, "val": validation, "test": Facts(root="test")}
+    check_robust_validation(config, "test", data, False)
+    assert ("images are trained on" in caplog.text) == is_said
 
 
 def test_data_for_training_is_no_test_data():

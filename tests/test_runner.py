@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdistill.common.main_util import set_seed
 from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.core.distillation import get_distillation_box
+from torchdistill.core.interfaces.post_epoch_proc import default_post_epoch_process_with_teacher
 from torchdistill.core.interfaces.registry import register_post_epoch_proc_func
 from torchdistill.datasets.registry import register_collate_func
 from torchdistill.models.registry import get_model
@@ -342,6 +344,64 @@ def test_killed_run_leaves_whole_lines(here):
     assert weights()
 
 
+def test_training_again_removes_what_was_measured_of_the_weights_before(here):
+    config = write(PLAIN)
+    run(config, device="cpu", overrides={"train.num_epochs": 1})
+    for name in ("evaluation.json", "similarity.json", "evaluation.journal.jsonl"):
+        (here / "student" / name).write_text("{}")
+    run(config, device="cpu", test_only=True)
+    assert (here / "student" / "evaluation.json").exists()
+    run(config, device="cpu", overrides={"train.num_epochs": 1})
+    left = sorted(file.name for file in (here / "student").iterdir())
+    assert left == ["config.yaml", "evaluation.journal.jsonl", "metrics.jsonl", "run.json"]
+
+
+def test_folder_that_is_removed_while_training_is_made_again(here):
+    epochs = iter(range(3))
+
+    @register_post_epoch_proc_func
+    def removes_its_folder(self, metrics=None, **kwargs):
+        if next(epochs) == 1:
+            shutil.rmtree("student")
+        default_post_epoch_process_with_teacher(self, metrics=metrics, **kwargs)
+
+    staged = ("pre_epoch_process:", "post_epoch_process: 'removes_its_folder'\n  pre_epoch_process:")
+    result = run(write(PLAIN, staged), device="cpu", overrides={"train.num_epochs": 3})
+    assert [record["epoch"] for record in result["epochs"]] == [0, 1, 2]
+    assert [record["epoch"] for record in metrics()[:-1]] == [1, 2] and "test" in metrics()[-1]
+
+
+def test_what_cannot_be_written_while_training_is_said_and_training_goes_on(here, caplog):
+    epochs = iter(range(3))
+
+    @register_post_epoch_proc_func
+    def takes_its_places(self, metrics=None, **kwargs):
+        if next(epochs) == 0:
+            os.remove("student.pt")
+            os.mkdir("student.pt")
+            shutil.rmtree("student")
+            Path("student").write_text("")
+        elif Path("student.pt").is_dir():
+            os.rmdir("student.pt")
+            os.remove("student")
+        default_post_epoch_process_with_teacher(self, metrics=metrics, **kwargs)
+
+    staged = ("pre_epoch_process:", "post_epoch_process: 'takes_its_places'\n  pre_epoch_process:")
+    # without validation every epoch is saved
+    result = run(write(PLAIN, staged), device="cpu", overrides={"train.num_epochs": 3, "train.val_data_loader": {}})
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 2 and '"epoch": 0' in errors[0] and "'student.pt' was not saved" in errors[1]
+    assert [record["epoch"] for record in metrics()[:-1]] == [1, 2]
+    assert result["test"] and torch.load("student.pt")["args"]["epoch"] == 2
+
+
+def test_a_place_where_nothing_can_be_written_is_refused(here):
+    (here / "file").write_text("")
+    with pytest.raises(ConfigError, match="nothing can be written") as error:
+        run(write(PLAIN), device="cpu", overrides={DST: "file/student.pt"})
+    assert error.value.path == DST
+
+
 # robust validation
 
 
@@ -366,6 +426,7 @@ def test_robust_validation_in_a_run(here):
             "attack": "PGD-2 on ce_student",
             "norm": "linf",
             "eps": 0.1,
+            "threat": "linf eps=0.1 in pixel space = 25.5/255 in pixels of [0, 1]",
         }
     measured = [record["robust"] for record in found]
     assert load("best_robust")["args"]["epoch"] == measured.index(max(measured))

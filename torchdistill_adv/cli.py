@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from torchdistill.misc.log import setup_log_file
 from torchdistill_adv.checks import number
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.runner import run
+
+logger = logging.getLogger(__name__)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -71,7 +75,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="clean, fgsm, pgd<steps>, cw<steps>, cwl2 and autoattack, between commas (default: %(default)s)",
     )
     add("--norm", default="linf", choices=("linf", "l2"), help="norm of the ball (default: %(default)s)")
-    add("--eps", help="radius in pixels of [0, 1], or several between commas; by default 8/255, or 0.5 in l2")
+    add(
+        "--eps",
+        help="radius in pixels of [0, 1], or several between commas; by default that of the YAML's "
+        "robust_validation, else 8/255, or 0.5 in l2",
+    )
     add("--step_size", help="of pgd and cw, in pixels; by default a quarter of eps")
     add("--restarts", default="1", help="random starts of pgd and cw (default: %(default)s)")
     add("--out", type=Path, help="JSON file; by default evaluation.json in the folder of the checkpoint's name")
@@ -83,7 +91,7 @@ def _add_metrics(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--num_images", metavar="N", default=1000, help="draw this many test images with --seed (default: %(default)s)")
     add("--particles", default="2,4,8", help="particles an image, between commas (default: %(default)s)")
-    add("--eps", default="8/255", help="radius of PGD in pixels of [0, 1] (default: %(default)s)")
+    add("--eps", help="l-infinity radius of PGD in pixels of [0, 1]; by default that of robust_validation, else 8/255")
     add("--out", type=Path, help="JSON file; by default similarity.json in the folder of the checkpoint's name")
     parser.set_defaults(function=_metrics)
 
@@ -120,13 +128,13 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     experiment = _experiment(args, (args.model,))
     network = experiment.on_pixels(args.model)
-    out = args.out or experiment.folder(args.model) / "evaluation.json"
+    out = _out(args.out, experiment.folder(args.model) / "evaluation.json")
     found = evaluate(
         network,
         experiment.data,
         attacks=args.attacks,
         norm=args.norm,
-        eps=args.eps.split(",") if args.eps else None,
+        eps=args.eps.split(",") if args.eps else experiment.radius(args.norm),
         step_size=args.step_size,
         restarts=args.restarts,
         num_images=args.num_images,
@@ -145,6 +153,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         },
         data={"dataset": experiment.dataset_id, **found.facts["data"]},
     )
+    _tell_replaced(out, found.as_json())
     found.write(out)
     print(f"{found.table()}\n\n{out}")
 
@@ -154,14 +163,14 @@ def _metrics(args: argparse.Namespace) -> None:
     from torchdistill_adv.runner.measures import as_table, measure
 
     experiment = _experiment(args, ("student", "teacher"))
-    out = args.out or experiment.folder("student") / "similarity.json"
+    out = _out(args.out, experiment.folder("student") / "similarity.json")
     found = measure(
         experiment,
         num_images=args.num_images,
         seed=args.seed,
         batch_size=args.batch_size,
         particles=args.particles.split(","),
-        eps=args.eps,
+        eps=args.eps or experiment.radius("linf") or "8/255",
     )
     write_json(found, out)
     print(f"{as_table(found)}\n\n{out}")
@@ -170,9 +179,32 @@ def _metrics(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from torchdistill_adv.report import write_report
 
-    # a report loads many configurations, and torchdistill logs every object of each
-    logging.getLogger("torchdistill").setLevel(logging.WARNING)
+    # the toy problem is trained anew for every report
+    logging.getLogger("torchdistill_adv.binding").setLevel(logging.WARNING)
     print(write_report(args.runs, args.out, pictures=not args.no_pictures, device=args.device))
+
+
+def _out(chosen: Path | None, default: Path) -> Path:
+    """Where the results go; a folder is refused before anything is measured."""
+    if chosen is None:
+        return default
+    out = chosen.expanduser()
+    if out.is_dir():
+        raise ConfigError(f"found the folder {out}; write a file, such as {out / default.name}", "--out")
+    return out
+
+
+def _tell_replaced(out: Path, found: Mapping[str, Any]) -> None:
+    """Say that results of other attacks or images are replaced."""
+
+    def scope(evaluation: Mapping[str, Any]) -> str:
+        attacks = dict.fromkeys(f"{r['attack']} {r['eps']:.4g}" if r["eps"] else "clean" for r in evaluation["results"])
+        return f"{evaluation['data']['num_images']} images under {', '.join(attacks)}"
+
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        before = json.loads(out.read_text(encoding="utf-8"))
+        if scope(before) != scope(found):
+            logger.warning("%s had %s; the journal beside it keeps that, and --out another file", out, scope(before))
 
 
 def _experiment(args: argparse.Namespace, networks: tuple[str, ...]) -> Any:
@@ -193,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a wrong configuration or a loss that is not finite is one line on the standard error.
 
     Returns:
-        The exit code: 0, 1 for a loss that became NaN or infinite, 2 for a wrong configuration.
+        The exit code: 0, 1 for a loss that became NaN or infinite, 2 for a wrong configuration, 130 for Ctrl-C.
     """
     args = make_parser().parse_args(argv)
     is_first = os.environ.get("RANK", "0") == "0"
@@ -202,10 +234,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if args.run_log and is_first:
         setup_log_file(os.path.expanduser(args.run_log))
+    if args.function is not _train:
+        # torchdistill logs every object of a configuration, which what is measured of it need not repeat
+        logging.getLogger("torchdistill").setLevel(logging.WARNING)
     try:
         args.function(args)
     except (ConfigError, NonFiniteError) as error:
         # messages of other libraries can have several lines
         print("torchdistill-adv: error:", *str(error).split(), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("torchdistill-adv: interrupted", file=sys.stderr)
+        return 130
     return 0

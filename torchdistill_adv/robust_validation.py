@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchdistill.common.main_util import is_main_process, save_ckpt
 from torchdistill.core.distillation import DistillationBox
@@ -28,9 +28,8 @@ from torchdistill_adv.adversaries import PGD
 from torchdistill_adv.boxes import Box, Side, sides, stage_epochs, stage_path
 from torchdistill_adv.checks import check_logits, integer, put
 from torchdistill_adv.errors import ConfigError, inside
-from torchdistill_adv.evaluation.attacks import ImageNoise
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers, own_random_stream, restored_hooks
-from torchdistill_adv.noise import derive_seed
+from torchdistill_adv.noise import ImageNoise, derive_seed
 from torchdistill_adv.objectives import Objective, View
 from torchdistill_adv.registry import build_adversary, check_options
 from torchdistill_adv.threat import ThreatModel
@@ -147,7 +146,8 @@ class RobustValidation:
     def describe(self) -> dict[str, Any]:
         """The attack, for the record of an epoch; ``eps`` is in the units of the threat model's space."""
         attack = f"{type(self.adversary).__name__}-{self.adversary.num_gradients} on {self.objective.key}"
-        return {"attack": attack, "norm": self.threat.norm, "eps": self.threat.eps}
+        threat = self.threat
+        return {"attack": attack, "norm": threat.norm, "eps": threat.eps, "threat": threat.describe()}
 
 
 def count_right(
@@ -246,9 +246,10 @@ class Validator:
         clean = metrics if isinstance(metrics, (int, float)) else (self.latest or {}).get("clean")
         if clean is not None:
             self.best_clean = clean if self.best_clean is None else max(clean, self.best_clean)
-        if self.latest is not None and (self.best_robust is None or self.latest["robust"] > self.best_robust):
-            self.best_robust = self.latest["robust"]
-            self._save(box, "best_robust")
+        robust = None if self.latest is None else self.latest["robust"]
+        is_best = robust is not None and (self.best_robust is None or robust > self.best_robust)
+        if is_best and self._save(box, "best_robust"):
+            self.best_robust = robust
         self._save(box, "last")
 
     def _measure(self, box: Box) -> dict[str, Any]:
@@ -288,15 +289,11 @@ class Validator:
         )
         return {**record, **settings.describe()}
 
-    def _save(self, box: Box, name: str) -> None:
-        path = self.settings.beside(name)
+    def _save(self, box: Box, name: str) -> bool:
         args = {"epoch": self.epoch, "stage": getattr(box, "stage_number", 1), BLOCK: self.latest}
         # torchdistill's runner and ours compare the clean accuracy with it when training goes on from this file
         best_value = self.best_clean or 0.0
-        student = sides(box)[0].network
-        save_ckpt(student, box.optimizer, box.lr_scheduler, best_value, args, f"{path}.part")
-        if is_main_process():
-            os.replace(f"{path}.part", path)
+        return save_student(box, sides(box)[0].network, best_value, args, self.settings.beside(name))
 
     def _recall(self) -> None:
         """The best values of the run that this one goes on from."""
@@ -310,6 +307,22 @@ class Validator:
             if name == "best_robust" and self.settings.describe().items() <= measured.items():
                 self.best_robust = measured["robust"]
                 logger.info("best robust validation accuracy so far: %.2f %% (%s)", self.best_robust, path)
+
+
+def save_student(box: Box, student: nn.Module, best_value: float, args: Mapping[str, Any], path: str) -> bool:
+    """Save a student as torchdistill does, all of it or nothing.
+
+    Returns:
+        False where nothing could be written: that is logged, and training is not lost for it.
+    """
+    try:
+        save_ckpt(student, box.optimizer, box.lr_scheduler, best_value, args, f"{path}.part")
+        if is_main_process():
+            os.replace(f"{path}.part", path)
+    except (OSError, RuntimeError) as error:  # PyTorch's own writer has the second
+        logger.error("'%s' was not saved, and training goes on: %s", path, error)
+        return False
+    return True
 
 
 def validator_of(box: Box) -> Validator | None:
@@ -412,15 +425,17 @@ def check_held_out(validation: Any, test: Any) -> None:
         ConfigError: they are.
     """
     check_no_test_data(validation)
-    (base, some), (test_base, others) = _images_of(validation), _images_of(test)
-    if not _same_data(base, test_base):
-        return
-    common = set(some) & set(others)
+    common = num_common_images(validation, test)
     if common:
         raise ConfigError(
-            f"has {len(common)} images of the test set, which nothing may be selected on; write held-out training "
-            "images"
+            f"has {common} images of the test set, which nothing may be selected on; write held-out training images"
         )
+
+
+def num_common_images(first: Any, second: Any) -> int:
+    """How many images two data sets have in common, as far as they tell where theirs are from."""
+    (base, some), (other_base, others) = _images_of(first), _images_of(second)
+    return len(set(some) & set(others)) if _same_data(base, other_base) else 0
 
 
 def _images_of(dataset: Any) -> tuple[Any, range | list[int]]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchdistill_adv.adversaries import FGSM, PGD
 from torchdistill_adv.checks import integer, number, put
 from torchdistill_adv.errors import ConfigError, nearest
-from torchdistill_adv.noise import Noise, derive_seed
+from torchdistill_adv.noise import ImageNoise
 from torchdistill_adv.objectives import Objective, View
 from torchdistill_adv.threat import ThreatModel
 
@@ -42,31 +42,6 @@ class Attacked:
 
     rows: Tensor
     found_by: list[str] | None = None
-
-
-class ImageNoise(Noise):
-    """Random numbers of each image from a stream of its own, so that they do not depend on the batch it comes in."""
-
-    def __init__(self, seed: int, ids: Sequence[int], like: Tensor) -> None:
-        self.seed, self.ids, self.like = seed, list(ids), like
-        # on the CPU, so that they are the same on every device
-        self.generators = [torch.Generator().manual_seed(derive_seed(seed, image)) for image in self.ids]
-
-    def some(self, places: Tensor, purpose: object) -> ImageNoise:
-        """The noise of some of the images, a stream of its own for each purpose."""
-        return ImageNoise(derive_seed(self.seed, purpose), [self.ids[i] for i in places.tolist()], self.like)
-
-    def uniform(self, shape: Sequence[int]) -> Tensor:
-        """U[-1, 1), for a shape whose first number is that of the images."""
-        return self._draw(torch.rand, shape) * 2 - 1
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """N(0, 1), likewise."""
-        return self._draw(torch.randn, shape)
-
-    def _draw(self, distribution: Any, shape: Sequence[int]) -> Tensor:
-        each = [distribution(tuple(shape[1:]), generator=g, dtype=self.like.dtype) for g in self.generators]
-        return torch.stack(each).to(self.like.device)
 
 
 class Attack(Protocol):
@@ -175,6 +150,8 @@ def parse_attacks(names: str | Sequence[str | Attack], *, step_size: Any = None,
 
 
 def _parse(name: str, step_size: Any, restarts: Any) -> Attack | None:
+    # as tables write them: PGD-20, Auto-Attack
+    name = name.lower().replace("-", "")
     if name == "clean":
         return None
     if name == "fgsm":

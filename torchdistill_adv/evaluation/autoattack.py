@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from torchdistill_adv.errors import ConfigError
-from torchdistill_adv.evaluation.attacks import Attacked, GradientAttack, ImageNoise
+from torchdistill_adv.evaluation.attacks import Attacked, GradientAttack
 from torchdistill_adv.guards import own_random_stream
+from torchdistill_adv.noise import ImageNoise
 from torchdistill_adv.threat import ThreatModel
 
 logger = logging.getLogger(__name__)

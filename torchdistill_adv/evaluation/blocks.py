@@ -7,17 +7,36 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import torchdistill_adv
 from torchdistill_adv.checks import integer
+from torchdistill_adv.divergences import wide
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.evaluation.pixels import PixelModel
+
+
+def as_dataset(data: Any) -> Any:
+    """What is evaluated, as a data set that has a length and an item (image, label, ...) at every place.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(data, tuple):
+        if not all(isinstance(part, Tensor) for part in data) or len({len(part) for part in data}) > 1:
+            raise ConfigError("found a tuple that is no (images, labels): two tensors of one length", "data")
+        return TensorDataset(*data)
+    if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        found = type(data).__name__
+        raise ConfigError(f"found a {found}; an evaluation needs a data set, such as loader.dataset", "data")
+    return data
 
 
 def subset(total: int, count: Any, seed: int) -> list[int]:
@@ -48,11 +67,7 @@ class Block:
         Raises:
             ConfigError: with what was found.
         """
-        labels = self.labels
-        if labels.dim() != 1 or labels.is_floating_point():
-            found = f"labels {tuple(labels.shape)} of {labels.dtype}"
-            raise ConfigError(f"found {found}; an evaluation needs a class number for every image", "data")
-        low, high = int(labels.min()), int(labels.max())
+        low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= num_classes:
             wrong = low if low < 0 else high
             raise ConfigError(f"found label {wrong}; the model has the classes 0 to {num_classes - 1}", "data")
@@ -60,19 +75,38 @@ class Block:
     def digest(self) -> str:
         """Of all that the outcomes depend on."""
         hasher = hashlib.blake2b(repr((self.ids, self.labels.tolist())).encode(), digest_size=8)
-        hasher.update(self.pixels.cpu().contiguous().numpy().tobytes())
+        hasher.update(_bytes(self.pixels))
         return hasher.hexdigest()
 
 
 def blocks(loader: DataLoader[Any], indices: list[int], model: PixelModel, device: torch.device) -> Iterator[Block]:
-    """The images at ``indices``, in their order."""
+    """The images at ``indices``, in their order.
+
+    Raises:
+        ConfigError: the data set gives something else than images and labels.
+    """
+    _check_item(loader.dataset[0])
     left = iter(indices)
     for images, labels, *_ in loader:
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            found = f"a tensor of {images.dtype}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
-            raise ConfigError(f"gives {found}; an evaluation needs images of floats, such as ToTensor makes", "data")
+        if labels.dim() != 1 or labels.is_floating_point():
+            found = f"labels {tuple(labels.shape)} of {labels.dtype}"
+            raise ConfigError(f"found {found}; an evaluation needs a class number for every image", "data")
         ids = list(islice(left, len(images)))
-        yield Block(ids, model.to_pixels(images.to(device)), torch.as_tensor(labels).to(device))
+        # in half precision rounding alone would put examples outside their ball
+        yield Block(ids, model.to_pixels(wide(images.to(device))), labels.long().to(device))
+
+
+def _check_item(item: Any) -> None:
+    """Refuse what a data loader could not put together, or would take apart along the wrong dimension."""
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise ConfigError(f"gives a {type(item).__name__}; an evaluation needs (image, label, ...)", "data")
+    image, label = (torch.as_tensor(part) if isinstance(part, np.ndarray) else part for part in item[:2])
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        found = f"a tensor of {image.dtype}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
+        raise ConfigError(f"gives {found}; an evaluation needs images of floats, such as ToTensor makes", "data")
+    if not isinstance(label, (Tensor, Number)):
+        found = type(label).__name__
+        raise ConfigError(f"gives a label that is a {found}; an evaluation needs a class number", "data")
 
 
 def versions() -> dict[str, str]:
@@ -82,8 +116,9 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(model: nn.Module, *settings: object) -> str:
-    """Of a network's structure, weights and buffers, of the versions, and of more settings."""
-    hasher = hashlib.blake2b(repr((str(model), versions(), settings)).encode(), digest_size=8)
+    """Of a network's structure, plain attributes, weights and buffers, of the versions, and of more settings."""
+    plain = [sorted((k, v) for k, v in vars(m).items() if isinstance(v, (Number, str))) for m in model.modules()]
+    hasher = hashlib.blake2b(repr((str(model), plain, versions(), settings)).encode(), digest_size=8)
     hasher.update(weights_digest(model).encode())
     return hasher.hexdigest()
 
@@ -93,5 +128,10 @@ def weights_digest(model: nn.Module) -> str:
     hasher = hashlib.sha256()
     for name, value in model.state_dict().items():
         hasher.update(repr((name, value.dtype, tuple(value.shape))).encode())
-        hasher.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        hasher.update(_bytes(value))
     return hasher.hexdigest()
+
+
+def _bytes(values: Tensor) -> bytes:
+    """Of any type: numpy has no bfloat16."""
+    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from torchdistill_adv.checks import integer, number, put
 from torchdistill_adv.divergences import margin
-from torchdistill_adv.evaluation.attacks import Attacked, ImageNoise
+from torchdistill_adv.evaluation.attacks import Attacked
+from torchdistill_adv.noise import ImageNoise
 from torchdistill_adv.threat import ThreatModel
 
 
@@ -27,10 +28,11 @@ class CarliniWagnerL2:
     that failed and the smallest that did not.
 
     Paper: `Towards Evaluating the Robustness of Neural Networks <https://arxiv.org/abs/1608.04644>`_ (Carlini and
-    Wagner, S&P 2017). The defaults are those of the authors' code and of foolbox: up to 90,000 gradients an image,
-    though most images stop early. Ours: an image stops when its own objective has not fallen by 0.01 % over each of two
-    tenths of the steps, where the code stops the batch when the sum has not over one, so that an image's outcome does
-    not depend on its batch; and with ten searches or more the last weight is not tried a second time.
+    Wagner, S&P 2017). The defaults are those of the authors' code and of foolbox but for ``num_steps``, 10,000 there: on
+    small networks a tenth gave the same distances. Up to 9,000 gradients an image. Ours: an image stops when its own
+    objective has not fallen by 0.01 % over each of two tenths of the steps, where the code stops the batch when the sum
+    has not over one, so that an image's outcome does not depend on its batch; and with ten searches or more the last
+    weight is not tried a second time.
 
     ``rows`` are the nearest examples found, at whatever distance; an image for which none was found comes back as it
     is. The radius plays no part: the evaluation counts the examples inside it. No random numbers.
@@ -46,7 +48,7 @@ class CarliniWagnerL2:
         ConfigError: a value out of range.
     """
 
-    num_steps: int = 10_000
+    num_steps: int = 1000
     search_steps: int = 9
     step_size: float = 0.01
     confidence: float = 0.0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchdistill_adv.adversaries import BSS, PGD, SVGD
-from torchdistill_adv.evaluation.attacks import ImageNoise
+from torchdistill_adv.noise import ImageNoise
 from torchdistill_adv.objectives import Network, View, gap_teacher, kl_teacher_clean_teacher
 from torchdistill_adv.threat import ThreatModel
 
@@ -84,3 +85,8 @@ def find_particles(
         start = threat.random_start(repeated, noise.uniform(repeated.shape), settings.noise_factor)
         rows = BSS(**options).search_from(start, gap_teacher(view), repeated, threat).rows
     return rows.view(count, *images.shape)
+
+
+def search_name(row: Mapping[str, Any]) -> str:
+    """The search of a row of results, with the bandwidth that tells one SVGD from the other."""
+    return row["search"] if row["bandwidth"] is None else f"{row['search']}, bandwidth {row['bandwidth']}"

@@ -17,21 +17,21 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from torchdistill_adv.checks import optional_integer
 from torchdistill_adv.errors import ConfigError
-from torchdistill_adv.evaluation.attacks import Attack, ImageNoise, describe, parse_attacks
-from torchdistill_adv.evaluation.blocks import Block, blocks, fingerprint, subset, versions
+from torchdistill_adv.evaluation.attacks import Attack, describe, parse_attacks
+from torchdistill_adv.evaluation.blocks import Block, as_dataset, blocks, fingerprint, subset, versions
 from torchdistill_adv.evaluation.flags import network_flags, result_flags
 from torchdistill_adv.evaluation.journal import Journal, Record
 from torchdistill_adv.evaluation.passes import Batches, Counted
 from torchdistill_adv.evaluation.pixels import ROUNDING, PixelModel, pixel_threat
 from torchdistill_adv.evaluation.results import AttackResult, Evaluation, Flag
 from torchdistill_adv.guards import eval_mode, own_random_stream
-from torchdistill_adv.noise import derive_seed
+from torchdistill_adv.noise import ImageNoise, derive_seed
 from torchdistill_adv.threat import ThreatModel
 
 logger = logging.getLogger(__name__)
@@ -106,12 +106,12 @@ def evaluate(
     """
     todo = parse_attacks(attacks, step_size=step_size, restarts=restarts)
     radii = eps if isinstance(eps, (list, tuple)) else [DEFAULT_EPS.get(norm, 0.5) if eps is None else eps]
-    threats = [pixel_threat(radius, norm) for radius in radii] if todo else []
+    threats = list(dict.fromkeys(pixel_threat(radius, norm) for radius in radii)) if todo else []
     for chosen in todo:
         if norm not in chosen.norms:
             wanted = " or ".join(chosen.norms)
             raise ConfigError(f"found {chosen.name} with norm '{norm}'; it measures in {wanted}", "attacks")
-    dataset = TensorDataset(*data) if isinstance(data, tuple) else data
+    dataset = as_dataset(data)
     indices = subset(len(dataset), num_images, seed)
     on_pixels = model if isinstance(model, PixelModel) else PixelModel(model, mean, std)
     device = on_pixels.mean.device
@@ -127,13 +127,12 @@ def evaluate(
     with eval_mode(on_pixels), _progress(len(indices) * len(jobs)) as bar:
         identity = fingerprint(on_pixels, seed, batches.size)
         for block in blocks(loader, indices, on_pixels, device):
-            if not num_classes:
-                with torch.no_grad():
-                    num_classes = counted(block.pixels[:1]).shape[1]
-                block.check_labels(num_classes)
+            with torch.no_grad():
+                num_classes = num_classes or counted(block.pixels[:1]).shape[1]
+            block.check_labels(num_classes)
+            if not records[0]:
                 with own_random_stream(derive_seed(seed), device):
                     flags += batches.run(partial(_network_flags, counted, block), len(block.ids))[0]
-            block.check_labels(num_classes)
             digest = block.digest()
             for (attack, threat), done in zip(jobs, records, strict=True):
                 key = f"{_settings(attack, threat)} {identity} {digest}"
@@ -221,7 +220,9 @@ def _attack(
 
 def _is_right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(images).argmax(1) == labels
+        logits = model(images)
+        # argmax takes NaN for the largest, which would be right for the class of its place
+        return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
 
 def _text(outcomes: Iterable[bool]) -> str:

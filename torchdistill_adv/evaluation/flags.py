@@ -61,7 +61,8 @@ def _network_flags(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator
             images[right],
             torch.arange(int(right.sum()), device=images.device),
         )
-        vanished = float((gradient.flatten(1).abs().amax(1) < VANISHED).float().mean())
+        # NaN too, which leads no attack anywhere
+        vanished = float((~(gradient.flatten(1).abs().amax(1) >= VANISHED)).float().mean())
         if vanished > MAX_VANISHED:
             yield Flag(
                 "gradient masking",
@@ -99,8 +100,8 @@ def _result_flags(results: Sequence[AttackResult], num_classes: int) -> Iterator
             if _kind(pgd) == "pgd" and _kind(other) in ("cw", "autoattack") and pgd.eps == other.eps and gap > MAX_GAP:
                 yield Flag(
                     "gradient masking",
-                    f"{_name(pgd)} leaves {pgd.accuracy:.1f} %, {_name(other)} {other.accuracy:.1f} %: the gradient of "
-                    "the cross-entropy leads nowhere on many images",
+                    f"{_name(pgd)} leaves {pgd.accuracy:.1f} %, {_name(other)} {other.accuracy:.1f} %: gradients of "
+                    "the cross-entropy are masked, or this PGD is too weak, which more steps and restarts tell",
                 )
     for result in results:
         black_box = (result.found_by or {}).get("square", 0)

@@ -26,11 +26,14 @@ class Counted(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self.forward_evaluations += len(images)
-        if images.requires_grad and torch.is_grad_enabled():
+        followed = images.requires_grad and torch.is_grad_enabled()
+        if followed:
             images = images.view_as(images)
             # a library may go backward several times from one pass
             images.register_hook(self._count)
-        return check_logits(self.model(images), "model", "an evaluation needs")
+        logits = check_logits(self.model(images), "model", "an evaluation needs")
+        # a network that detaches its input has the gradient zero, which the flags tell, rather than none
+        return logits + 0 * images.flatten(1)[:, :1].to(logits) if followed else logits
 
     def _count(self, gradient: Tensor) -> None:
         self.gradient_evaluations += len(gradient)

@@ -22,6 +22,9 @@ class PixelModel(nn.Module):
         network: takes normalised images (N, C, ...), gives logits (N, num_classes).
         mean: per-channel mean of the data's Normalize, or one for all channels.
         std: per-channel standard deviation, likewise.
+
+    Raises:
+        ConfigError: ``mean`` and ``std`` are no such numbers.
     """
 
     mean: Tensor
@@ -31,8 +34,9 @@ class PixelModel(nn.Module):
         super().__init__()
         self.network = network
         first = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values, dtype=first.dtype, device=first.device))
+        checked = ThreatModel.build({"eps": 0, "mean": mean, "std": std})
+        for name in ("mean", "std"):
+            self.register_buffer(name, first.new_tensor(getattr(checked, name)))
 
     def forward(self, pixels: Tensor) -> Any:
         return self.network(self.normalized(pixels))
@@ -44,7 +48,13 @@ class PixelModel(nn.Module):
         return (pixels.to(self.mean.dtype) - self.mean.view(shape)) / self.std.view(shape)
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Normalised images (N, C, ...) as pixels; what rounding put outside [0, 1] is put back."""
+        """Normalised images (N, C, ...) as pixels; what rounding put outside [0, 1] is put back.
+
+        Raises:
+            ConfigError: they have another number of channels than ``mean``.
+        """
+        if len(self.mean) not in (1, images.shape[1]):
+            raise ConfigError(f"found {len(self.mean)} values, but the images have {images.shape[1]} channels", "mean")
         shape = (1, -1, *[1] * (images.dim() - 2))
         pixels = images * self.std.view(shape).to(images) + self.mean.view(shape).to(images)
         # a value further outside is no rounding, and is for the flags to tell

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.evaluation.statistics import wilson_interval
 
 
@@ -97,6 +99,9 @@ class Evaluation:
     norm: str
     facts: Mapping[str, Any]
 
+    def __str__(self) -> str:
+        return self.table()
+
     def result(self, attack: str, eps: float | None = None) -> AttackResult:
         """That of an attack, at the first radius unless one is given."""
         return next(r for r in self.results if r.attack == attack and eps in (None, r.eps))
@@ -104,8 +109,9 @@ class Evaluation:
     def worst_case(self) -> list[AttackResult]:
         """For every radius, the images that no attack at it fooled."""
         found = []
-        for eps in dict.fromkeys(r.eps for r in self.results if r.eps):
-            some = [r for r in self.results if r.eps == eps]
+        attacked = [r for r in self.results if r.attack != "clean"]
+        for eps in dict.fromkeys(r.eps for r in attacked):
+            some = [r for r in attacked if r.eps == eps]
             outcomes = [all(each) for each in zip(*(r.outcomes for r in some), strict=True)]
             sums = (sum(r.seconds for r in some), *(sum(getattr(r, n) for r in some) for n in COUNTS))
             found.append(AttackResult("worst case", {}, eps, outcomes, *sums))
@@ -137,12 +143,12 @@ class Evaluation:
         ]
         rows = [*self.results]
         for worst in self.worst_case():
-            same = [r for r in self.results if r.eps == worst.eps]
+            same = [r for r in self.results if r.eps == worst.eps and r.attack != "clean"]
             if len(same) > 1:
                 rows.insert(rows.index(same[-1]) + 1, worst)
         for r in rows:
             low, high = r.interval
-            radius = describe_eps(r.eps, self.norm) if r.eps else ""
+            radius = "" if r.attack == "clean" else describe_eps(r.eps, self.norm)
             per_image = r.gradient_evaluations / len(r.outcomes)
             lines.append(
                 f"| {r.attack} | {radius} | {r.accuracy:.2f} | {low:.1f} to {high:.1f} | {r.seconds:.1f} "
@@ -153,19 +159,36 @@ class Evaluation:
 
 
 def write_json(found: Any, path: Path) -> None:
-    """Write a JSON file, all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a JSON file, all of it or nothing.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     # lists on one line: only between the lines of the file can a newline follow a bracket
     text = re.sub(r"\[\n[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), json.dumps(found, indent=1))
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with usable(path, "out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+@contextmanager
+def usable(path: Path, option: str) -> Iterator[None]:
+    """Say in one line what the system says of a file that is read or written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(
+            f"found {path}, which cannot be used: {reason}; write another path, or make it usable", option
+        ) from error
 
 
 COUNTS = ("gradient_evaluations", "forward_evaluations")
 
 
 def describe_eps(eps: float, norm: str) -> str:
-    """A radius as papers write it: in 255ths where it is some."""
-    steps = round(2 * 255 * eps) / 2
-    return f"{steps:g}/255" if norm == "linf" and steps and abs(255 * eps - steps) < 1e-6 else f"{eps:.4g}"
+    """A radius as papers write it: in 255ths where it is a whole number of them."""
+    steps = round(255 * eps)
+    return f"{steps}/255" if norm == "linf" and steps and abs(255 * eps - steps) < 1e-6 else f"{eps:.4g}"

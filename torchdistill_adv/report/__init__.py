@@ -41,17 +41,20 @@ def write_report(
 
     Raises:
         ConfigError: a directory that is no run, a file in it that cannot be read, an ``out`` that does not end in
-            .html, or no matplotlib.
+            .html or cannot be written, or no matplotlib.
     """
     path = Path(out)
-    if path.suffix not in (".html", ".htm"):
+    if path.suffix not in (".html", ".htm") or path.is_dir():
         raise ConfigError(f"found '{path}'; write a file that ends in .html", "--out")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"a report needs matplotlib; {INSTALL}") from error
     methods = group(read_runs(runs))
-    figures = Figures(path.with_name(f"{path.stem}_files"))
+    try:
+        figures = Figures(path.with_name(f"{path.stem}_files"))
+    except OSError as error:
+        raise ConfigError(f"found '{path}', where nothing can be written: {error.strerror}", "--out") from error
     found = [
         *sections.accuracy_sections(methods, figures),
         sections.curves_section(methods, figures),
@@ -75,7 +78,6 @@ def write_report(
         + ", ".join(f"{name} {version}" for name, version in versions().items()),
         [sections.runs_section(methods), *found],
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

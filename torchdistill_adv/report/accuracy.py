@@ -164,7 +164,8 @@ def draw_accuracies(data: Accuracies) -> Figure:
     axes.set_ylim(len(data.attacks) * (count + 1.2) - 0.6, -0.8)
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy, % of the test images")
-    axes.tick_params(axis="y", length=0)
+    # marks at 0 need room
+    axes.tick_params(axis="y", length=0, pad=8)
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
     return figure
@@ -203,7 +204,9 @@ def draw_radius_curves(data: RadiusCurves) -> Figure:
     figure = Figure()
     axes = figure.add_subplot()
     handles = {}
-    scale = 255 if data.norm == "linf" else 1
+    radii = {eps for points in data.points.values() for eps in points if eps}
+    in_steps = all(describe_eps(eps, data.norm).endswith("/255") for eps in radii)
+    scale = 255 if in_steps else 1
     for method, place in zip(data.methods, data.places, strict=True):
         by_eps = {scale * eps: points for eps, points in sorted(data.points[method].items())}
         if not by_eps:
@@ -217,11 +220,8 @@ def draw_radius_curves(data: RadiusCurves) -> Figure:
         else:
             dots = [(at, point.accuracy) for at, points in by_eps.items() for point in points]
             axes.plot(*zip(*dots, strict=True), **style, linestyle="none", markersize=3, alpha=0.6)
-    axes.set_xlabel(
-        "radius eps in l-infinity, 1/255 of the pixel range"
-        if data.norm == "linf"
-        else "radius eps in l2, pixels of [0, 1]"
-    )
+    norm = "l-infinity" if data.norm == "linf" else data.norm
+    axes.set_xlabel(f"radius eps in {norm}, {'1/255 of the pixel range' if in_steps else 'pixels of [0, 1]'}")
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 101)
     axes.set_xlim(left=0)
@@ -258,7 +258,7 @@ def collect_ablations(methods: Sequence[Method]) -> list[Ablation]:
     plain: dict[str, Method] = {}
     for method in methods:
         config = method.runs[0].config
-        if config is None:
+        if config is None or not method.runs[0].was_trained:
             continue
         counts = set(_values(config, "num_particles"))
         base = _key(_without_particles(config))

@@ -51,9 +51,7 @@ def network_sections(methods: Sequence[Method], figures: Figures, device: str | 
     tried = [(method.name, _or_error(partial(load, method, device, default))) for method in methods]
     loaded = [one for _, one in tried if isinstance(one, Loaded)]
     notes = "".join(
-        missing(f"No pictures of {name}: {error}. `torchdistill-adv train --config RUN/config.yaml` trains it.")
-        for name, error in tried
-        if isinstance(error, ConfigError)
+        missing(f"No pictures of {name}: {error}. {AGAIN}") for name, error in tried if isinstance(error, ConfigError)
     )
     found = []
     for anchor, title, intro, body in (
@@ -68,15 +66,19 @@ def network_sections(methods: Sequence[Method], figures: Figures, device: str | 
     return [*found, Section("toy", "Boundaries of a toy problem", paragraph(TOY) + _toy(figures))]
 
 
+AGAIN = (
+    "Run `torchdistill-adv report` in the folder where it was trained, which the paths in its configuration start from."
+)
 PARTICLES = (
     "Test images, the particles that SVGD finds around them on the teacher, and their differences in pixels of [0, 1]. "
-    "Above each stands the teacher's class with its probability, bold where it is another than on the image. Particles "
-    "that differ from each other explore more of the teacher's boundary."
+    "Above each stands the teacher's class with its probability, bold where it is another than on the image. TALD's "
+    "idea is that particles that differ from each other explore more of the teacher's boundary."
 )
 MAPS = (
     "Where each network sees evidence for the true class, laid over test images, clean and adversarial; brighter is "
     "more. Above each map stands the prediction, bold where it is wrong; below the student's, its distance from the "
-    "teacher's map: small under attack too where the student looks where its teacher looks. As in DARWIN and SmaraAD."
+    "teacher's map, the mean squared difference of both at unit norm: small under attack too where the student looks "
+    "where its teacher looks. As in DARWIN and SmaraAD."
 )
 LANDSCAPE = (
     "Mean cross-entropy when all weights move by alpha along one Gaussian direction, whose filters are as long as the "
@@ -89,10 +91,10 @@ BOUNDARIES = (
     "adversarial region. Axes are l2 distances, in pixels of [0, 1]."
 )
 TOY = (
-    "Points in the unit square, a TRADES teacher, and students distilled from it with this package's own losses; bold "
-    "l-infinity boxes are crossed by a boundary. It is the same in every report: it shows what the methods are after, "
-    "not how the runs above did. SmaraAD aligns feature maps, which points do not have: its matching alone is shown. "
-    "After Fig. 5 of SmaraAD."
+    f"Points in a square of side {2 * toy.SIDE:g}, a TRADES teacher, and students distilled from it with this "
+    "package's own losses; bold l-infinity boxes are crossed by a boundary. It is the same in every report: it shows "
+    "what the methods are after, not how the runs above did. SmaraAD aligns feature maps, which points do not have: "
+    "its matching alone is shown. After Fig. 5 of SmaraAD."
 )
 
 
@@ -108,13 +110,13 @@ def load(method: Method, device: str | None, threat: ThreatModel) -> Loaded:
         ConfigError: they cannot be loaded.
     """
     run = method.runs[0]
-    if run.config is None or run.checkpoint is None:
-        raise ConfigError("has no config.yaml", str(run.directory))
+    if run.config_file is None or run.checkpoint is None:
+        raise ConfigError("has no config.yaml, and no evaluation.json of a student with one", str(run.directory))
     if not run.checkpoint.is_file():
         raise ConfigError("is missing", str(run.checkpoint))
-    with inside(str(run.directory / "config.yaml")):
+    with inside(str(run.config_file)):
         experiment = load_experiment(
-            run.directory / "config.yaml",
+            run.config_file,
             ckpt=str(run.checkpoint),
             device=device,
             overrides=run.facts.get("overrides") or None,

@@ -84,11 +84,19 @@ def _cell(cell: Cell) -> str:
 
 
 class Figures:
-    """Draws figures for both themes, and keeps the PNGs in a folder beside the page."""
+    """Draws figures for both themes, and keeps the PNGs in a folder beside the page, without those of an earlier one.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stems: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+        for theme in PALETTES:
+            for old in folder.glob(f"*-{theme}.png"):
+                old.unlink()
 
     def add(self, name: str, draw: Callable[[], Figure], alt: str, caption: str) -> str:
         """A figure with its caption, as HTML with the images in it.
@@ -104,7 +112,6 @@ class Figures:
             stem += "_"
         self.stems.add(stem)
         images = render(draw)
-        self.folder.mkdir(parents=True, exist_ok=True)
         uris = {}
         for theme, image in images.items():
             (self.folder / f"{stem}-{theme}.png").write_bytes(image)

@@ -15,10 +15,13 @@ import yaml
 import torchdistill_adv
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.runner.check import student_name
-from torchdistill_adv.runner.records import METRICS
+from torchdistill_adv.runner.records import MEASURED, METRICS, RUN
 from torchdistill_adv.runner.setup import override
 
 Json = Mapping[str, Any]
+
+# a directory with one of them is a run
+RECORDS = (METRICS, RUN, *MEASURED)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class Run:
     Args:
         directory: where its records are.
         name: of the directory, with as many of those above it as tell it from the other runs.
-        config: its YAML with the overrides, as plain mappings; None for a run that trained nothing.
+        config: its YAML with the overrides, as plain mappings; None where it is not known.
+        config_file: where that YAML is; of a folder that training did not write, the one that was evaluated.
+        checkpoint: the student's weights, which stand beside the directory, or else where they were evaluated.
         facts: ``command``, ``seed``, ``device``, ``overrides`` and ``versions``, as far as they were recorded.
         epochs: the record of every epoch; where a run went on from an earlier one, the later record.
         test: accuracies on the test set; None for a run that has not ended.
@@ -39,6 +44,8 @@ class Run:
     directory: Path
     name: str
     config: Json | None
+    config_file: Path | None
+    checkpoint: Path | None
     facts: Json
     epochs: Sequence[Json]
     test: Json | None
@@ -46,12 +53,9 @@ class Run:
     similarity: Json | None
 
     @property
-    def checkpoint(self) -> Path | None:
-        """The student's weights, which stand beside the directory."""
-        if self.config is None:
-            return None
-        trained = str(_student(self.config).get("dst_ckpt", ""))
-        return self.directory.with_name(self.directory.name + Path(trained).suffix)
+    def was_trained(self) -> bool:
+        """Whether training wrote its configuration; others have the records of ``evaluate`` and ``metrics`` alone."""
+        return self.config_file is not None and self.config_file.parent == self.directory
 
 
 @dataclass(frozen=True)
@@ -89,26 +93,44 @@ def _read_run(directory: Path, name: str) -> Run:
         sibling = directory.with_suffix("")
         hint = f"write the run's directory '{sibling}'" if sibling.is_dir() else "write the directory of a run"
         raise ConfigError(f"found {'a file' if directory.exists() else 'nothing'} there; {hint}", str(directory))
-    if not (directory / METRICS).is_file():
+    if not _is_run(directory):
         inside = sorted(child.name for child in directory.iterdir())
-        runs = [child for child in inside if (directory / child / METRICS).is_file()]
+        runs = [child for child in inside if _is_run(directory / child)]
         there = f"runs are in it: {', '.join(runs)}" if runs else f"in it: {', '.join(inside[:10]) or 'nothing'}"
-        raise ConfigError(
-            f"has no {METRICS}; {there}. Write the directory that training leaves beside its checkpoint", str(directory)
-        )
-    records = list(_read_lines(directory / METRICS))
-    facts = _read_json(directory / "run.json") or {}
+        raise ConfigError(f"has none of {', '.join(RECORDS)}; {there}. Write the directory of a run", str(directory))
+    records = list(_read_lines(directory / METRICS)) if (directory / METRICS).is_file() else []
+    facts = _read_json(directory / RUN) or {}
     epochs = {record["epoch"]: record for record in records if "epoch" in record}
+    for record in epochs.values():
+        _check_entries(record, EPOCH, directory / METRICS, "train")
+    evaluation = _checked(directory / "evaluation.json", EVALUATION, "evaluate")
     return Run(
         directory,
         name,
-        _read_config(directory / "config.yaml", facts.get("overrides") or {}),
+        *_trained(directory, facts.get("overrides") or {}, (evaluation or {}).get("model") or {}),
         facts,
         [epochs[number] for number in sorted(epochs)],
         next((record["test"] for record in reversed(records) if "test" in record), None),
-        _checked(directory / "evaluation.json", EVALUATION, "evaluate"),
+        evaluation,
         _checked(directory / "similarity.json", SIMILARITY, "metrics"),
     )
+
+
+def _trained(directory: Path, overrides: Json, evaluated: Json) -> tuple[Json | None, Path | None, Path | None]:
+    """Configuration, its file and the student's checkpoint, of the run itself or of the model that was evaluated."""
+    file = directory / "config.yaml"
+    if file.is_file():
+        config = _read_config(file, overrides)
+        trained = str((config["models"].get(student_name(config["models"])) or {}).get("dst_ckpt", ""))
+        return config, file, directory.with_name(directory.name + Path(trained).suffix)
+    config_file, checkpoint = (evaluated.get(entry) and Path(evaluated[entry]) for entry in ("config", "checkpoint"))
+    if evaluated.get("who") != "student" or config_file is None or not config_file.is_file():
+        return None, None, checkpoint
+    return _read_config(config_file, {}), config_file, checkpoint
+
+
+def _is_run(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in RECORDS)
 
 
 def _read_lines(path: Path) -> Iterator[Json]:
@@ -142,6 +164,7 @@ def _read_json(path: Path) -> Json | None:
 
 
 # entries that the report reads, and those of a block or of every item of a list
+EPOCH: Mapping[str, Sequence[str]] = {"stage": (), "loss": (), "terms": ()}
 EVALUATION: Mapping[str, Sequence[str]] = {
     "data": (),
     "norm": (),
@@ -164,8 +187,12 @@ def _checked(path: Path, entries: Mapping[str, Sequence[str]], command: str) -> 
         ConfigError: it lacks one.
     """
     found = _read_json(path)
-    if found is None:
-        return None
+    if found is not None:
+        _check_entries(found, entries, path, command)
+    return found
+
+
+def _check_entries(found: Json, entries: Mapping[str, Sequence[str]], path: Path, command: str) -> None:
     for name, inner in entries.items():
         value = found.get(name)
         blocks = value if isinstance(value, list) else [value or {}]
@@ -177,7 +204,6 @@ def _checked(path: Path, entries: Mapping[str, Sequence[str]], command: str) -> 
                 f"{torchdistill_adv.__version__}; run torchdistill-adv {command} again",
                 str(path),
             )
-    return found
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -196,9 +222,7 @@ def _plain(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
 _PlainLoader.add_multi_constructor("!", _plain)
 
 
-def _read_config(path: Path, overrides: Json) -> Json | None:
-    if not path.is_file():
-        return None
+def _read_config(path: Path, overrides: Json) -> Json:
     try:
         # bound to the SafeLoader above
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
@@ -207,14 +231,10 @@ def _read_config(path: Path, overrides: Json) -> Json | None:
     if not isinstance(config, dict) or not isinstance(config.get("models"), dict):
         raise ConfigError("is no configuration of a run: it has no section models", str(path))
     # anchors share their blocks, and an override is for one place
-    config = json.loads(json.dumps(config, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
     for key, value in overrides.items():
-        override(config, key, value)
-    return config
-
-
-def _student(config: Json) -> Json:
-    return config["models"].get(student_name(config["models"])) or {}
+        override(plain, key, value)
+    return plain
 
 
 def without(value: Any, *names: str) -> Any:
@@ -228,12 +248,9 @@ def group(runs: Sequence[Run]) -> list[Method]:
     """Runs by configuration, in the order of the first of each; where a run writes its checkpoint does not count."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        # a run without a configuration stands for itself
-        same = (
-            str(run.directory)
-            if run.config is None
-            else json.dumps(without(run.config, "dst_ckpt", "ckpt"), sort_keys=True)
-        )
+        # weights that training did not leave under the run's own name stand for themselves
+        plain = json.dumps(without(run.config, "dst_ckpt", "ckpt"), sort_keys=True)
+        same = plain if run.was_trained else str(run.directory)
         found.setdefault(same, []).append(run)
     names = [_method_name(group) for group in found.values()]
     return [

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from torchdistill_adv.evaluation.diversity import search_name
 from torchdistill_adv.evaluation.results import describe_eps
 from torchdistill_adv.report import accuracy, curves, similarity
 from torchdistill_adv.report.page import Cell, Figures, Section, grid, heading, items, missing, paragraph, table
@@ -39,9 +40,9 @@ def runs_section(methods: Sequence[Method]) -> Section:
                     _fact(run, "seed"),
                     _fact(run, "device"),
                     f"{len(run.epochs)}",
-                    "run has not ended" if run.test is None else shown(test, ".2f"),
+                    "run has not ended" if run.test is None and run.was_trained else shown(test, ".2f"),
                     str(run.checkpoint or UNKNOWN),
-                    (str(run.directory / "config.yaml") if run.config is not None else UNKNOWN, _overrides(run)),
+                    (str(run.config_file or UNKNOWN), _overrides(run)),
                     ", ".join(f"{name} {v}" for name, v in (run.facts.get("versions") or {}).items()) or UNKNOWN,
                 ]
             )
@@ -145,16 +146,25 @@ def _accuracy_table(data: accuracy.Accuracies) -> str:
             (points,) = by_run.values()
             rows.append([method, *(_with_interval(points.get(attack)) for attack in data.attacks)])
         else:
-            means = [shown(data.mean(method, attack), ".2f") for attack in data.attacks]
-            rows.append([(method, f"mean of {len(by_run)} runs"), *means])
+            rows.append([(method, f"mean of {len(by_run)} runs"), *(_mean(data, method, a) for a in data.attacks)])
             for name, points in by_run.items():
                 parts.append(len(rows))
                 rows.append([name, *(_with_interval(points.get(attack)) for attack in data.attacks)])
-    return table("Accuracy in %, with the Wilson 95 % interval of each run below it.", header, rows, parts)
+    caption = (
+        "Accuracy in %, with the Wilson 95 % interval of each run below it; a mean of several runs has their standard "
+        "deviation."
+    )
+    return table(caption, header, rows, parts)
+
+
+def _mean(data: accuracy.Accuracies, method: str, attack: accuracy.Attack) -> Cell:
+    points = [point.accuracy for point in data.points.get((method, attack), ())]
+    spread = f"± {statistics.stdev(points):.2f}" if len(points) > 1 else ""
+    return shown(data.mean(method, attack), ".2f"), spread
 
 
 def _with_interval(point: accuracy.Point | None) -> Cell:
-    return UNMEASURED if point is None else (f"{point.accuracy:.2f}", f"{point.low:.1f} to {point.high:.1f}")
+    return UNMEASURED if point is None else (f"{point.accuracy:.2f}", f"{point.low:.1f}\u00a0to\u00a0{point.high:.1f}")
 
 
 def _flags(runs: Sequence[Run]) -> str:
@@ -186,9 +196,9 @@ def _attacks(runs: Sequence[Run]) -> str:
         for (attack, radius, settings), results in found.items()
     ]
     header = ["attack", "eps", "settings", "seconds a run", "gradients an image"]
-    return table(
-        "How the attacks were run, and what each cost. A step size by default is a quarter of eps.", header, rows
-    )
+    devices = sorted({run.evaluation.get("device", UNKNOWN) for run in runs if run.evaluation})
+    caption = "How the attacks were run, and what each cost. A step size by default is a quarter of eps. Device: "
+    return table(f"{caption}{', '.join(devices)}.", header, rows)
 
 
 def _radius(data: accuracy.Accuracies, figures: Figures) -> str:
@@ -222,7 +232,7 @@ def curves_section(methods: Sequence[Method], figures: Figures) -> Section:
     overview, notes = [], []
     robust = sorted(
         {
-            f"{found['attack']}, eps {found['eps']:.4g}"
+            f"{found['attack']}, {found.get('threat') or 'eps {:.4g}'.format(found['eps'])}"
             for method in methods
             for run in method.runs
             for epoch in run.epochs
@@ -239,8 +249,8 @@ def curves_section(methods: Sequence[Method], figures: Figures) -> Section:
         (
             "robust-validation",
             curves.collect_validation(methods, "robust_validation", "robust", "robust validation accuracy"),
-            f"Accuracy on validation images under attack ({'; '.join(robust)} pixels of [0, 1]). A fall while the "
-            "clean accuracy still rises is robust overfitting.",
+            f"Accuracy on validation images under attack ({'; '.join(robust)}). The best epoch is kept beside the "
+            "checkpoint. A fall while the clean accuracy still rises is robust overfitting.",
             "Robust accuracy was not measured during training; write a `robust_validation` block in the configuration "
             "and run `torchdistill-adv train`.",
         ),
@@ -317,12 +327,27 @@ def similarity_section(methods: Sequence[Method], figures: Figures) -> Section:
     lacking = [run for run in runs if not run.similarity]
     note = missing(f"Without a `similarity.json`, and so left out: {listed(lacking)}. {METRICS}.") if lacking else ""
     parts = (
+        _what_was_compared(measured),
         _boundaries(measured),
         _agreement(measured),
         _correlations(methods, figures),
         _diversity(measured, figures),
     )
     return Section(*title, note + "".join(parts))
+
+
+def _what_was_compared(runs: Sequence[Run]) -> str:
+    words: dict[str, list[str]] = {}
+    for run in runs:
+        data = (run.similarity or {})["data"]
+        drawn = f", seed {data['subset_seed']}" if data["num_images"] < data["of"] else ""
+        images = f"{data['num_images']} of the {data['of']} images of {data['dataset'] or 'the data set'}{drawn}"
+        words.setdefault(images, []).append(run.name)
+    if len(words) == 1:
+        return paragraph(f"Measured on {next(iter(words))}.")
+    return paragraph("The runs were not measured on the same images, so compare with care:") + items(
+        [f"{images}: {', '.join(names)}" for images, names in words.items()]
+    )
 
 
 def _found(runs: Sequence[Run], section: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -401,24 +426,41 @@ def _correlations(methods: Sequence[Method], figures: Figures) -> str:
 
 
 def _diversity(runs: Sequence[Run], figures: Figures) -> str:
-    distinct: dict[str, tuple[list[str], similarity.Diversity | None]] = {}
-    for run in runs:
-        if run.similarity:
-            # runs with one teacher have the same numbers
-            key = json.dumps(run.similarity["diversity"], sort_keys=True)
-            distinct.setdefault(key, ([], similarity.collect_diversity(run.similarity)))[0].append(run.name)
+    distinct: dict[str, tuple[list[str], Mapping[str, Any]]] = {}
+    for name, found in _found(runs, "diversity"):
+        # runs with one teacher have the same numbers
+        distinct.setdefault(json.dumps(found, sort_keys=True), ([], found))[0].append(name)
     drawn = [
         figures.add(
             f"diversity-{i + 1}",
             partial(similarity.draw_diversity, data),
             f"SSE between particles on the teacher of {', '.join(names)} against their number, by search.",
-            f"Teacher of {', '.join(names)}; {data.space}. Bars are one standard deviation over the images. Higher is "
-            "more diverse. After Fig. 1 of TALD.",
+            f"Teacher of {', '.join(names)}; {found['num_images']} images; {_settings(found['settings'])}. Bars are "
+            "one standard deviation over the images. Higher is more diverse. After Fig. 1 of TALD.",
         )
-        for i, (names, data) in enumerate(distinct.values())
-        if data is not None
+        for i, (names, found) in enumerate(distinct.values())
+        if (data := similarity.collect_diversity(found)) is not None
     ]
     body = grid(drawn) or missing(
         "One particle has no pairs; `torchdistill-adv metrics --particles 2,4,8` measures more."
     )
-    return heading("Diversity of particles") + body + _definitions(runs, "diversity")
+    rows: list[list[Cell]] = [
+        [
+            ", ".join(names) if place == 0 else "",
+            search_name(row),
+            str(row["num_particles"]),
+            shown(row["sse"], ".4g"),
+            shown(row["sse_std"], ".2g"),
+            shown(row["fooled"]),
+        ]
+        for names, found in distinct.values()
+        for place, row in enumerate(found["results"])
+    ]
+    parts = [place for place, row in enumerate(rows) if not row[0]]
+    header = ["teacher of", "search", "K", "SSE", "deviation", "fool the teacher, %"]
+    numbers = table("The same in numbers, and how many particles fool the teacher.", header, rows, parts)
+    return heading("Diversity of particles") + body + numbers + _definitions(runs, "diversity")
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

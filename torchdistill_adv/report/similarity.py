@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torchdistill_adv.evaluation.diversity import search_name
 from torchdistill_adv.report.records import Json, Method
 from torchdistill_adv.report.style import add_legend, label, look
 
@@ -25,22 +26,19 @@ class Diversity:
 
     Args:
         searches: by name, (K, mean SSE, standard deviation over the images).
-        space: in whose units, squared.
     """
 
     searches: Mapping[str, Sequence[tuple[int, float, float]]]
-    space: str
 
 
-def collect_diversity(similarity: Json) -> Diversity | None:
-    """None where no K has pairs of particles."""
+def collect_diversity(diversity: Json) -> Diversity | None:
+    """From the section ``diversity``; None where no K has pairs of particles."""
     searches: dict[str, list[tuple[int, float, float]]] = {}
-    for row in similarity["diversity"]["results"]:
+    for row in diversity["results"]:
         if row["sse"] is not None:
-            bandwidth = "" if row["bandwidth"] is None else f", bandwidth {row['bandwidth']}"
             point = (row["num_particles"], row["sse"], row["sse_std"])
-            searches.setdefault(row["search"] + bandwidth, []).append(point)
-    return Diversity(searches, similarity["diversity"]["settings"].get("threat", "")) if searches else None
+            searches.setdefault(search_name(row), []).append(point)
+    return Diversity(searches) if searches else None
 
 
 def draw_diversity(data: Diversity) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from torchdistill.optim.registry import OPTIM_DICT, SCHEDULER_DICT
 from torchdistill_adv.errors import ConfigError, inside, nearest
 from torchdistill_adv.losses.base import AdversarialTerm
 from torchdistill_adv.registry import check_options
-from torchdistill_adv.robust_validation import BLOCK, PROCESS, RobustValidation, check_held_out
+from torchdistill_adv.robust_validation import BLOCK, PROCESS, RobustValidation, check_held_out, num_common_images
+
+logger = logging.getLogger(__name__)
 
 Block = Mapping[str, Any]
 
@@ -251,9 +254,14 @@ def check_training(train: Block, datasets: Block, has_teacher: bool, binds_by_it
 
 
 def check_robust_validation(train: Block, test_id: str, datasets: Block, has_teacher: bool) -> None:
-    """The options of robust validation in every stage, and that it selects on no image of the test set."""
-    val_path, val_id = "", None
+    """The options of robust validation in every stage, and that it selects on no image of the test set.
+
+    That it selects on images that are trained on is logged.
+    """
+    val_path, val_id, train_id = "", None, ""
     for path, stage in stages(train):
+        if stage.get("train_data_loader"):
+            train_id = stage["train_data_loader"]["dataset_id"]
         if stage.get("val_data_loader"):
             val_path, val_id = f"{path}.val_data_loader.dataset_id", stage["val_data_loader"]["dataset_id"]
         process = stage.get("post_epoch_process")
@@ -274,6 +282,10 @@ def check_robust_validation(train: Block, test_id: str, datasets: Block, has_tea
             if val_id == test_id:
                 raise ConfigError(f"found '{val_id}', the test set; nothing may be selected on it")
             check_held_out(datasets[val_id], datasets[test_id])
+        common = num_common_images(datasets[val_id], datasets[train_id])
+        if common:
+            text = "%s: %d images are trained on, and robust accuracy on those is not that on others; hold some out"
+            logger.warning(text, val_path, common)
 
 
 def check_stage(stage: Block, datasets: Block, has_teacher: bool, is_first: bool, written: list[str]) -> None:

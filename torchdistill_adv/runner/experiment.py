@@ -16,6 +16,7 @@ from torch.backends import cudnn
 from torchdistill.common.main_util import is_main_process, set_seed
 from torchdistill.datasets.util import build_data_loader
 
+from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.robust_validation import BLOCK
 from torchdistill_adv.runner.check import check_config, stages, student_name
 from torchdistill_adv.runner.evaluation import accuracy, describe
@@ -97,7 +98,11 @@ def run(
             _move_checkpoints(loaded["train"], dst_ckpt, overrides)
         directory = run_directory(dst_ckpt)
         if is_main_process():
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                found = f"found '{dst_ckpt}', where nothing can be written: {error.strerror}"
+                raise ConfigError(found, f"models.{name}.dst_ckpt") from error
 
         def write(record: Record) -> None:
             if is_main_process():

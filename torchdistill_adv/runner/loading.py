@@ -14,7 +14,7 @@ from torch import nn
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.evaluation.pixels import Normalization, PixelModel, find_normalization
 from torchdistill_adv.models.checkpoint import load_checkpoint
-from torchdistill_adv.runner.check import check_loader, check_model, check_source, section, student_name
+from torchdistill_adv.runner.check import check_loader, check_model, check_source, section, stages, student_name
 from torchdistill_adv.runner.records import run_directory
 from torchdistill_adv.runner.setup import (
     Place,
@@ -26,6 +26,7 @@ from torchdistill_adv.runner.setup import (
     load_config,
     override,
 )
+from torchdistill_adv.threat import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ class Experiment:
         if checkpoint is not None and not checkpoint.startswith(("http://", "https://")):
             return run_directory(checkpoint)
         return run_directory(self.config["models"][student_name(self.config["models"])]["dst_ckpt"]) / who
+
+    def radius(self, norm: str) -> float | None:
+        """The radius in pixels of the first ``robust_validation`` with this norm; None where there is none."""
+        for path, stage in stages(self.config.get("train") or {}):
+            block = stage.get("robust_validation")
+            if block:
+                with inside(f"{path}.robust_validation.threat"):
+                    threat = ThreatModel.build(block.get("threat"))
+                if threat.norm == norm and threat.space == "pixel":
+                    return threat.eps
+        return None
 
 
 def load_experiment(

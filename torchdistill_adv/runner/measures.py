@@ -17,7 +17,7 @@ from torchdistill_adv.adversaries import SVGD
 from torchdistill_adv.checks import check_logits, integer, optional_integer
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.evaluation import agreement, diversity
-from torchdistill_adv.evaluation.attacks import GradientAttack, ImageNoise, describe
+from torchdistill_adv.evaluation.attacks import GradientAttack, describe
 from torchdistill_adv.evaluation.blocks import Block, blocks, subset, versions, weights_digest
 from torchdistill_adv.evaluation.passes import Batches
 from torchdistill_adv.evaluation.pixels import PixelModel, pixel_threat
@@ -25,7 +25,7 @@ from torchdistill_adv.evaluation.results import describe_eps
 from torchdistill_adv.evaluation.similarity import BoundarySimilarity, boundary_similarity, describe_similarity
 from torchdistill_adv.guards import eval_mode, own_random_stream
 from torchdistill_adv.losses import TALDLoss
-from torchdistill_adv.noise import derive_seed
+from torchdistill_adv.noise import ImageNoise, derive_seed
 from torchdistill_adv.runner.check import stages, sub_terms
 from torchdistill_adv.runner.loading import Experiment
 from torchdistill_adv.runner.progress import progress_bar
@@ -89,11 +89,12 @@ def measure(
         progress_bar(loader, "metrics") as bar,
     ):
         models = {who: experiment.on_pixels(who) for who in ("teacher", "student")}
-        for block in blocks(bar, indices, models["teacher"], experiment.device):
+        for block in blocks(loader, indices, models["teacher"], experiment.device):
             work = partial(_measure_block, block, models, ball, threat, runs, seed)
             for part in batches.run(work, len(block.ids)):
                 for name, values in part.items():
                     found[name].append(values)
+            bar.update()
     collected = {name: torch.cat(parts).cpu() for name, parts in found.items()}
     return {
         "models": {
@@ -260,7 +261,7 @@ def as_table(found: Mapping[str, Any]) -> str:
     data, alike, spread, same = (found[key] for key in ("data", "similarity", "diversity", "agreement"))
     moved = [alike["num_right"], *_percents(alike["flipped"].values()), alike["num_compared"]]
     particles = [
-        [_search_name(row), row["num_particles"], row["sse"], row["sse_std"], *_percents([row["fooled"]])]
+        [diversity.search_name(row), row["num_particles"], row["sse"], row["sse_std"], *_percents([row["fooled"]])]
         for row in spread["results"]
     ]
     attack, settings = same["settings"], spread["settings"]
@@ -298,10 +299,6 @@ def as_table(found: Mapping[str, Any]) -> str:
         same["definition"],
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def _search_name(row: Mapping[str, Any]) -> str:
-    return row["search"] if row["bandwidth"] is None else f"{row['search']}, bandwidth {row['bandwidth']}"
 
 
 def _percents(shares: Iterable[float | None]) -> list[str | None]:

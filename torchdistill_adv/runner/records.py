@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Mapping
@@ -15,8 +16,11 @@ import yaml
 
 import torchdistill_adv
 
+logger = logging.getLogger(__name__)
+
 METRICS = "metrics.jsonl"
 RUN = "run.json"
+MEASURED = ("evaluation.json", "similarity.json")
 
 
 def run_directory(dst_ckpt: str) -> Path:
@@ -27,6 +31,8 @@ def run_directory(dst_ckpt: str) -> Path:
 def start_records(directory: Path, text: str, keep: bool, **facts: Any) -> None:
     """Write how the run was started: ``run.json``, and ``config.yaml`` with the same as comments before its YAML.
 
+    What was measured of the checkpoint that the run is about to replace is removed.
+
     Args:
         directory: of the run.
         text: the YAML.
@@ -35,6 +41,8 @@ def start_records(directory: Path, text: str, keep: bool, **facts: Any) -> None:
     """
     if not keep:
         (directory / METRICS).unlink(missing_ok=True)
+    for name in MEASURED:
+        (directory / name).unlink(missing_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, torchdistill, torchdistill_adv)}
     started = {"command": shlex.join(sys.argv), **facts}
     comments = {name: value for name, value in {**started, **versions}.items() if value not in (None, {})}
@@ -45,9 +53,17 @@ def start_records(directory: Path, text: str, keep: bool, **facts: Any) -> None:
 
 
 def append_record(directory: Path, record: Mapping[str, Any]) -> None:
-    """Add a line to ``metrics.jsonl``; the file is closed again, so a killed run leaves whole lines."""
-    with (directory / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Add a line to ``metrics.jsonl``; the file is closed again, so a killed run leaves whole lines.
+
+    Where nothing can be written, the log has the line, and training is not lost for it.
+    """
+    line = json.dumps(record)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / METRICS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        logger.error("%s; not written: %s", error, line)
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:

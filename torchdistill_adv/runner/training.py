@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchdistill.common.main_util import save_ckpt
 
 from torchdistill_adv.boxes import Box, sides, stage_path
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.guards import restored_hooks
-from torchdistill_adv.robust_validation import validator_of
+from torchdistill_adv.robust_validation import save_student, validator_of
 from torchdistill_adv.runner.check import stages
 from torchdistill_adv.runner.evaluation import accuracy, describe
 from torchdistill_adv.runner.progress import progress_bar, show, weighted_terms
@@ -73,10 +72,11 @@ def train(
         validation = validate(box, student, where)
         top1 = None if validation is None else validation["top1"]
         if top1 is None or best is None or top1 > best:
-            best = best if top1 is None else top1
+            better = best if top1 is None else top1
             logger.info("epoch %d: saving the student; validation accuracy: %s", epoch, describe(validation))
             saved = {**options, "epoch": epoch, "stage": stage}
-            save_ckpt(student, box.optimizer, box.lr_scheduler, best or 0.0, saved, student_block["dst_ckpt"])
+            if save_student(box, student, better or 0.0, saved, student_block["dst_ckpt"]):
+                best = better
         records.append({"epoch": epoch, "stage": stage, **means, "lr": lr, "validation": validation})
         # a process that begins the next stage puts another one in its place
         validator = validator_of(box)
