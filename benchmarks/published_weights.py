@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with realdata.py")
     parser.add_argument("--num_images", type=int, default=500)
-    parser.add_argument("--attacks", default="clean,fgsm,pgd10,cw30,autoattack")
+    parser.add_argument("--attacks", default="clean,fgsm,pgd10,autoattack")
     parser.add_argument("--networks", nargs="+", default=list(KNOWN), choices=list(KNOWN))
     parser.add_argument("--folder", type=Path, default=Path("results/published_weights"))
     args = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from torch import nn
 
 from torchdistill_adv.cli import main
 from torchdistill_adv.evaluation import evaluate
+from torchdistill_adv.evaluation.blocks import weights_digest
 from torchdistill_adv.models.small_cnn import SmallCNN
 from torchdistill_adv.runner.loading import load_experiment
 
@@ -132,6 +134,28 @@ def test_the_teacher_is_measured_too(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "teacher" / "evaluation.json").read_text())
     assert found["model"]["who"] == "teacher"
     assert found["data"]["num_images"] == 20
+
+
+def test_results_of_weights_that_came_with_a_model_do_not_go_over_those_of_the_student(tmp_path: Path) -> None:
+    experiment = load_experiment(make_config(tmp_path), networks=(), normalization=((0.0,), (1.0,)))
+    for source in (None, "https://example.org/teacher.pt"):
+        found = dataclasses.replace(experiment, checkpoints={"teacher": source, "student": "runs/student.pt"})
+        assert found.folder("teacher") == tmp_path / "untrained" / "teacher"
+        assert found.folder("student") == Path("runs/student")
+
+
+def test_every_option_reaches_the_evaluation(tmp_path: Path, checkpoint: Path) -> None:
+    common = ["--config", str(make_config(tmp_path)), "--ckpt", str(checkpoint), "--num_images", "50"]
+    options = ["--attacks", "pgd3", "--norm", "l2", "--step_size", "0.1", "--restarts", "2", "--batch_size", "30"]
+    assert main(["evaluate", *common, *options]) == 0
+    found = json.loads((tmp_path / "student" / "evaluation.json").read_text())
+    assert (found["norm"], found["batch_size"], found["results"][1]["eps"]) == ("l2", 30, 0.5)
+    assert found["results"][1]["settings"] == {
+        "name": "pgd3", "kind": "pgd", "num_steps": 3, "step_size": 0.1, "restarts": 2
+    }  # fmt: skip
+    assert found["model"]["sha256"] == weights_digest(network("robust"))
+    # two blocks, without an attack and with one
+    assert len((tmp_path / "student" / "evaluation.journal.jsonl").read_text().splitlines()) == 4
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *options: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -26,9 +27,11 @@ from torchvision.transforms import v2
 
 from torchdistill_adv.datasets import Digits
 from torchdistill_adv.errors import ConfigError
-from torchdistill_adv.evaluation import Attacked, GradientAttack, PixelModel, evaluate, find_normalization
+from torchdistill_adv.evaluation import Attacked, GradientAttack, PixelModel, evaluate, find_normalization, pixel_threat
 from torchdistill_adv.evaluation.blocks import weights_digest
+from torchdistill_adv.evaluation.flags import result_flags
 from torchdistill_adv.evaluation.journal import Journal
+from torchdistill_adv.evaluation.results import AttackResult
 from torchdistill_adv.evaluation.statistics import sign_test, wilson_interval
 
 
@@ -172,6 +175,7 @@ def test_the_worst_case_is_what_no_attack_fools() -> None:
         assert len(each) == 3
         assert worst.outcomes == [all(row) for row in zip(*each, strict=True)]
     assert [worst.eps for worst in found.worst_case()] == [0.1, 0.2]
+    assert [found.result("cw3", eps).eps for eps in (None, 0.1, 0.2)] == [0.1, 0.1, 0.2]
 
 
 def test_a_radius_of_zero_or_given_twice() -> None:
@@ -273,7 +277,9 @@ def test_an_error_that_is_not_of_memory_is_raised() -> None:
 
     class Full(Probe):
         def forward(self, x: Tensor) -> Tensor:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            if torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self.net(x)
 
     with pytest.raises(RuntimeError, match="mat1"):
         evaluate(Broken(linear()), data_for(linear()))
@@ -498,13 +504,17 @@ def test_a_network_without_a_gradient_is_flagged_and_measured() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x.detach())
 
+    class Partly(Probe):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.amax((1, 2, 3)) > 0.99, self.net(x.detach()).T, self.net(x).T).T
+
     class Infinite(Probe):
         def forward(self, x: Tensor) -> Tensor:
             return 1e39 * self.net(x)
 
     model = sharp(0)
     data = data_for(model)
-    for fault in (Infinite(model), Detached(model), Detached(model.requires_grad_(False))):
+    for fault in (Infinite(model), Partly(model), Detached(model), Detached(model.requires_grad_(False))):
         found = evaluate(fault.eval(), data, attacks="pgd3,cw3", eps=0.2)
         assert {flag.name for flag in found.flags} == {"gradient masking"}
         assert 20 < found.result("clean").correct <= 32
@@ -532,6 +542,23 @@ def test_faults_of_the_network_or_of_the_data_are_flagged() -> None:
     assert "clean accuracy near chance" in flags_of(model, (images, (labels + 1 + torch.arange(40) % 4) % NUM_CLASSES))
 
 
+def test_logits_that_only_look_like_probabilities_are_not_flagged() -> None:
+    class Shifted(Probe):
+        """Positive logits, or those with the sum 1."""
+
+        sum_is_one = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.net(x)
+            return z - z.mean(1, keepdim=True) + 1 / NUM_CLASSES if self.sum_is_one else z - z.detach().min()
+
+    model = sharp(0)
+    data = data_for(model)
+    shifted = Shifted(model).eval()
+    for shifted.sum_is_one in (False, True):
+        assert "probabilities" not in flags_of(shifted, data)
+
+
 def test_a_stronger_attack_that_is_weaker_is_flagged() -> None:
     class Nothing(GradientAttack):
         """An attack with the name of a stronger one."""
@@ -544,6 +571,52 @@ def test_a_stronger_attack_that_is_weaker_is_flagged() -> None:
     found = evaluate(model, data, attacks=["pgd5", Nothing("pgd", 50)], eps=0.3)
     assert [flag.name for flag in found.flags] == ["gradient masking"]
     assert "pgd50" in found.flags[0].message and "pgd5 " in found.flags[0].message
+
+
+@pytest.mark.parametrize(
+    ("rights", "flagged"),
+    [
+        # of 100 images, with the eps in tenths: 5 more are chance (p = 0.03), 8 are not (p = 0.004)
+        ({"pgd10@1": 50, "pgd50@1": 55}, False),
+        ({"pgd10@1": 50, "pgd50@1": 58}, True),
+        ({"pgd10@1": 58, "pgd50@1": 50}, False),
+        ({"cw10@1": 50, "cw50@1": 58}, True),
+        ({"fgsm@1": 50, "pgd10@1": 58}, True),
+        # CW has another objective than FGSM and PGD
+        ({"fgsm@1": 50, "cw10@1": 58}, False),
+        ({"pgd10@1": 50, "cw10@1": 58}, False),
+        ({"cwl2@1": 50, "autoattack@1": 58}, False),
+        ({"fgsm@1": 50, "autoattack@1": 58}, True),
+        ({"pgd10@1": 50, "autoattack@1": 58}, True),
+        ({"cw10@1": 50, "autoattack@1": 58}, True),
+        ({"fgsm@1": 50, "fgsm@2": 58}, True),
+        ({"fgsm@1": 58, "fgsm@2": 50}, False),
+        ({"fgsm@1": 50, "pgd10@2": 58}, False),
+        ({"pgd10@1": 50, "cw10@1": 40}, False),
+        ({"pgd10@1": 50, "cw10@1": 39}, True),
+        ({"pgd10@1": 50, "autoattack@1": 39}, True),
+        ({"pgd10@1": 50, "autoattack@2": 39}, False),
+        ({"fgsm@1": 50, "pgd10@1": 20}, False),
+    ],
+)
+def test_what_results_show_beside_each_other(rights: dict[str, int], flagged: bool) -> None:
+    results = [AttackResult("clean", {}, 0, [True] * 100, 0, 0, 0)]
+    for name, right in rights.items():
+        attack, _, tenths = name.partition("@")
+        steps = {"num_steps": int("0" + attack.lstrip("pgdcw"))} if attack[-1] == "0" else {}
+        results.append(AttackResult(attack, steps, int(tenths) / 10, [i < right for i in range(100)], 0, 0, 0))
+    assert [flag.name for flag in result_flags(results, 10)] == ["gradient masking"] * flagged
+
+
+def test_limits_of_the_black_box_part_and_of_chance() -> None:
+    clean = AttackResult("clean", {}, 0, [True] * 100, 0, 0, 0)
+    for square, flagged in ((1, False), (2, True)):
+        attacked = AttackResult("autoattack", {}, 0.1, [True] * 100, 0, 0, 0, found_by={"square": square})
+        assert bool(result_flags([clean, attacked], 10)) == flagged
+    # the intervals begin at 9.3 % and 10.1 %
+    for right, flagged in ((15, True), (16, False)):
+        found = result_flags([dataclasses.replace(clean, outcomes=[i < right for i in range(100)])], 10)
+        assert [flag.name for flag in found] == ["clean accuracy near chance"] * flagged
 
 
 # statistics
@@ -635,14 +708,23 @@ def test_the_normalisation_is_found_in_the_transforms_of_the_data() -> None:
 
 
 def test_normalised_images_become_the_pixels_that_they_were() -> None:
-    model = PixelModel(nn.Identity(), (0.4, 0.5), (0.3, 0.25))
-    images = torch.randint(256, (5, 2, 4, 4)) / 255
-    normalized = transforms.Normalize([0.4, 0.5], [0.3, 0.25])(images)
+    mean, std = (0.1, 0.11), (0.34, 0.1)
+    model = PixelModel(nn.Identity(), mean, std)
+    images = (torch.arange(256) / 255).view(1, 1, 16, 16).repeat(1, 2, 1, 1)
+    normalized = transforms.Normalize(mean, std)(images)
     back = model.to_pixels(normalized)
     torch.testing.assert_close(back, images, rtol=0, atol=1e-6)
+    # which rounding alone would leave
+    unclamped = normalized * model.std.view(1, 2, 1, 1) + model.mean.view(1, 2, 1, 1)
+    assert unclamped.min() < 0
     assert back.min() >= 0 and back.max() <= 1
     torch.testing.assert_close(model(images), normalized)
     assert model.to_pixels(normalized + 10).max() > 1
+
+
+def test_a_radius_in_l2_may_exceed_the_range_of_a_pixel() -> None:
+    assert pixel_threat("3", "l2").eps == 3
+    assert pixel_threat(1, "linf").eps == 1
 
 
 def test_the_digest_of_the_weights_sees_every_weight_and_buffer() -> None:

@@ -212,8 +212,8 @@ def _experiment(args: argparse.Namespace, networks: tuple[str, ...]) -> Any:
 
     normalization = None
     if args.mean is not None or args.std is not None:
-        if args.mean is None or args.std is None or len(args.mean) != len(args.std):
-            raise ConfigError("found one without the other, or of another length; give both", "--mean, --std")
+        if args.mean is None or args.std is None:
+            raise ConfigError("found one without the other; give both", "--mean, --std")
         mean, std = (tuple(number(v, f"--{name}") for v in getattr(args, name)) for name in ("mean", "std"))
         normalization = mean, std
     return load_experiment(

@@ -28,8 +28,8 @@ class CarliniWagnerL2:
     that failed and the smallest that did not.
 
     Paper: `Towards Evaluating the Robustness of Neural Networks <https://arxiv.org/abs/1608.04644>`_ (Carlini and
-    Wagner, S&P 2017). The defaults are those of the authors' code and of foolbox but for ``num_steps``, 10,000 there: on
-    small networks a tenth gave the same distances. Up to 9,000 gradients an image. Ours: an image stops when its own
+    Wagner, S&P 2017). The defaults are those of the authors' code and of foolbox but for ``num_steps``, 10,000 there:
+    on small networks a tenth gave the same distances. Up to 9,000 gradients an image. Ours: an image stops when its own
     objective has not fallen by 0.01 % over each of two tenths of the steps, where the code stops the batch when the sum
     has not over one, so that an image's outcome does not depend on its batch; and with ten searches or more the last
     weight is not tried a second time.
