@@ -46,9 +46,9 @@ class Loaded:
 
 def network_sections(methods: Sequence[Method], figures: Figures, device: str | None) -> list[Section]:
     """The pictures of the first run of each method; a run that cannot be loaded is named with the reason."""
-    evaluated = [ball(run) for method in methods for run in method.runs if run.evaluation]
-    default = next(iter(evaluated), pixel_threat("8/255"))
-    tried = [(method.name, _or_error(partial(load, method, device, default))) for method in methods]
+    attacked = (ball(run) for method in methods for run in method.runs)
+    other = next((threat for threat in attacked if threat), None)
+    tried = [(method.name, _or_error(partial(load, method, device, other))) for method in methods]
     loaded = [one for _, one in tried if isinstance(one, Loaded)]
     notes = "".join(
         missing(f"No pictures of {name}: {error}. {AGAIN}") for name, error in tried if isinstance(error, ConfigError)
@@ -98,13 +98,13 @@ TOY = (
 )
 
 
-def load(method: Method, device: str | None, threat: ThreatModel) -> Loaded:
+def load(method: Method, device: str | None, other: ThreatModel | None) -> Loaded:
     """The networks of a method's first run, with the weights beside its directory.
 
     Args:
         method: whose.
         device: where they go.
-        threat: the ball for a run that was not evaluated.
+        other: the ball for a run that was not evaluated; without one, that of its ``robust_validation``, or 8/255.
 
     Raises:
         ConfigError: they cannot be loaded.
@@ -121,14 +121,13 @@ def load(method: Method, device: str | None, threat: ThreatModel) -> Loaded:
             device=device,
             overrides=run.facts.get("overrides") or None,
         )
-    return Loaded(method.name, experiment, ball(run) if run.evaluation else threat)
+    return Loaded(method.name, experiment, ball(run) or other or pixel_threat(experiment.radius("linf") or "8/255"))
 
 
-def ball(run: Run) -> ThreatModel:
-    """The first ball that a run was evaluated in; 8/255 in l-infinity where it was on clean images alone."""
-    assert run.evaluation is not None
-    radii = [result["eps"] for result in run.evaluation["results"] if result["eps"]]
-    return pixel_threat([*radii, "8/255"][0], run.evaluation["norm"] if radii else "linf")
+def ball(run: Run) -> ThreatModel | None:
+    """The first ball that a run was attacked in; None where it was not."""
+    radii = [result["eps"] for result in run.evaluation["results"] if result["eps"]] if run.evaluation else []
+    return pixel_threat(radii[0], run.evaluation["norm"]) if run.evaluation and radii else None
 
 
 def _each(loaded: Sequence[Loaded], draw: Callable[[Loaded], str]) -> str:

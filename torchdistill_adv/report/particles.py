@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from torchdistill_adv.evaluation.pixels import Normalization, PixelModel
 from torchdistill_adv.guards import eval_mode
 from torchdistill_adv.losses.base import Search
-from torchdistill_adv.losses.tald import TALDLoss
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.objectives import View
 from torchdistill_adv.report.pictures import Array, show, to_array
+from torchdistill_adv.runner.loading import tald_terms
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,21 +56,8 @@ def find_search(config: Mapping[str, Any], normalization: Normalization) -> Sear
     Raises:
         ConfigError: an option of the term is wrong; with its YAML path.
     """
-    mean, std = normalization
-    defaults = {"threat": {**TALDLoss.defaults["threat"], "mean": mean, "std": std}}
-    path, options = next(_tald_terms(config.get("train"), "train"), ("TALDLoss", defaults))
-    term = TALDLoss(**options)
-    term.resolve(path)
+    _, term = next(tald_terms(config, normalization))
     return term.search
-
-
-def _tald_terms(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Path and options of every TALD term below ``node``."""
-    if isinstance(node, Mapping):
-        if node.get("key") == "TALDLoss":
-            yield f"{path}.kwargs", node.get("kwargs") or {}
-        for name, value in node.items():
-            yield from _tald_terms(value, f"{path}.{name}")
 
 
 def collect_particles(
@@ -85,8 +72,7 @@ def collect_particles(
         search: of :func:`find_search`.
         seed: of the particles' start.
     """
-    shape = (1, -1, *[1] * (images.dim() - 2))
-    inputs = (images - teacher.mean.view(shape)) / teacher.std.view(shape)
+    inputs = teacher.normalized(images)
     noise = Noise(seed, images.device, images.dtype)
     with eval_mode(teacher):
         # TALD refuses objectives that attack a student, so the second network is never called

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.evaluation.pixels import Normalization, PixelModel, find_normalization
+from torchdistill_adv.losses import TALDLoss
 from torchdistill_adv.models.checkpoint import load_checkpoint
 from torchdistill_adv.runner.check import check_loader, check_model, check_source, section, stages, student_name
 from torchdistill_adv.runner.records import run_directory
@@ -150,3 +151,29 @@ def _load(models: Mapping[str, Any], name: str, ckpt: str | None, where: Place) 
 
 # models that read their weights themselves
 LOADS_WEIGHTS = ("from_checkpoint", "robustbench", "teacher_pair")
+
+
+def tald_terms(config: Mapping[str, Any], normalization: Normalization) -> Iterator[tuple[str, TALDLoss]]:
+    """Every TALD term of a configuration and its YAML path; last, without one, TALD's defaults.
+
+    Args:
+        config: as torchdistill loads it.
+        normalization: mean and std of the data, for the defaults.
+
+    Raises:
+        ConfigError: an option of a term is wrong.
+    """
+    mean, std = normalization
+    defaults = {"threat": {**TALDLoss.defaults["threat"], "mean": mean, "std": std}}
+    for path, options in (*_tald_options(config.get("train"), "train"), ("TALD's defaults", defaults)):
+        term = TALDLoss(**options)
+        term.resolve(f"{path}.kwargs")
+        yield path, term
+
+
+def _tald_options(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(node, Mapping):
+        if node.get("key") == TALDLoss.__name__:
+            yield path, node.get("kwargs") or {}
+        for name, value in node.items():
+            yield from _tald_options(value, f"{path}.{name}")

@@ -24,10 +24,8 @@ from torchdistill_adv.evaluation.pixels import PixelModel, pixel_threat
 from torchdistill_adv.evaluation.results import describe_eps
 from torchdistill_adv.evaluation.similarity import BoundarySimilarity, boundary_similarity, describe_similarity
 from torchdistill_adv.guards import eval_mode, own_random_stream
-from torchdistill_adv.losses import TALDLoss
 from torchdistill_adv.noise import ImageNoise, derive_seed
-from torchdistill_adv.runner.check import stages, sub_terms
-from torchdistill_adv.runner.loading import Experiment
+from torchdistill_adv.runner.loading import Experiment, tald_terms
 from torchdistill_adv.runner.progress import progress_bar
 from torchdistill_adv.threat import ThreatModel
 
@@ -134,17 +132,10 @@ def measure(
 
 def _tald_search(experiment: Experiment) -> tuple[SVGD, ThreatModel, str]:
     """Adversary and threat model of the first TALD term with SVGD and where it stands, or TALD's defaults."""
-    for path, stage in stages(experiment.config.get("train") or {}):
-        for name, term in sub_terms(stage.get("criterion") or {}).items():
-            block = term.get("criterion")
-            if isinstance(block, Mapping) and block.get("key") == TALDLoss.__name__:
-                tald = TALDLoss(**(block.get("kwargs") or {}))
-                where = f"{path}.criterion.kwargs.sub_terms.{name}"
-                tald.resolve(f"{where}.criterion.kwargs")
-                if isinstance(tald.adversary, SVGD):
-                    return dataclasses.replace(tald.adversary, targeted=False, return_path=False), tald.threat, where
-    mean, std = experiment.normalization
-    return SVGD(), ThreatModel(**TALDLoss.defaults["threat"], mean=mean, std=std), "TALD's defaults"
+    terms = tald_terms(experiment.config, experiment.normalization)
+    path, term = next((path, term) for path, term in terms if isinstance(term.adversary, SVGD))
+    settings = dataclasses.replace(term.adversary, targeted=False, return_path=False)
+    return settings, term.threat, path.removesuffix(".criterion")
 
 
 def _measure_block(
