@@ -496,7 +496,9 @@ class Quantised(Probe):
 
 @pytest.mark.parametrize("fault", [Saturated, Quantised])
 def test_masked_gradients_are_flagged(fault: type[Probe]) -> None:
-    assert flags_of(fault(trained("plain")).eval(), digits(359)) == {"gradient masking"}
+    found = flags_of(fault(trained("plain")).eval(), digits(359))
+    # a margin has a gradient where a saturated cross-entropy has none
+    assert found == {"gradient masking"} | ({"PGD overestimates"} if fault is Saturated else set())
 
 
 def test_a_network_without_a_gradient_is_flagged_and_measured() -> None:
@@ -577,35 +579,35 @@ def test_a_stronger_attack_that_is_weaker_is_flagged() -> None:
     ("rights", "flagged"),
     [
         # of 100 images, with the eps in tenths: 5 more are chance (p = 0.03), 8 are not (p = 0.004)
-        ({"pgd10@1": 50, "pgd50@1": 55}, False),
-        ({"pgd10@1": 50, "pgd50@1": 58}, True),
-        ({"pgd10@1": 58, "pgd50@1": 50}, False),
-        ({"cw10@1": 50, "cw50@1": 58}, True),
-        ({"fgsm@1": 50, "pgd10@1": 58}, True),
+        ({"pgd10@1": 50, "pgd50@1": 55}, None),
+        ({"pgd10@1": 50, "pgd50@1": 58}, "gradient masking"),
+        ({"pgd10@1": 58, "pgd50@1": 50}, None),
+        ({"cw10@1": 50, "cw50@1": 58}, "gradient masking"),
+        ({"fgsm@1": 50, "pgd10@1": 58}, "gradient masking"),
         # CW has another objective than FGSM and PGD
-        ({"fgsm@1": 50, "cw10@1": 58}, False),
-        ({"pgd10@1": 50, "cw10@1": 58}, False),
-        ({"cwl2@1": 50, "autoattack@1": 58}, False),
-        ({"fgsm@1": 50, "autoattack@1": 58}, True),
-        ({"pgd10@1": 50, "autoattack@1": 58}, True),
-        ({"cw10@1": 50, "autoattack@1": 58}, True),
-        ({"fgsm@1": 50, "fgsm@2": 58}, True),
-        ({"fgsm@1": 58, "fgsm@2": 50}, False),
-        ({"fgsm@1": 50, "pgd10@2": 58}, False),
-        ({"pgd10@1": 50, "cw10@1": 40}, False),
-        ({"pgd10@1": 50, "cw10@1": 39}, True),
-        ({"pgd10@1": 50, "autoattack@1": 39}, True),
-        ({"pgd10@1": 50, "autoattack@2": 39}, False),
-        ({"fgsm@1": 50, "pgd10@1": 20}, False),
+        ({"fgsm@1": 50, "cw10@1": 58}, None),
+        ({"pgd10@1": 50, "cw10@1": 58}, None),
+        ({"cwl2@1": 50, "autoattack@1": 58}, None),
+        ({"fgsm@1": 50, "autoattack@1": 58}, "gradient masking"),
+        ({"pgd10@1": 50, "autoattack@1": 58}, "gradient masking"),
+        ({"cw10@1": 50, "autoattack@1": 58}, "gradient masking"),
+        ({"fgsm@1": 50, "fgsm@2": 58}, "gradient masking"),
+        ({"fgsm@1": 58, "fgsm@2": 50}, None),
+        ({"fgsm@1": 50, "pgd10@2": 58}, None),
+        ({"pgd10@1": 50, "cw10@1": 40}, None),
+        ({"pgd10@1": 50, "cw10@1": 39}, "PGD overestimates"),
+        ({"pgd10@1": 50, "autoattack@1": 39}, "PGD overestimates"),
+        ({"pgd10@1": 50, "autoattack@2": 39}, None),
+        ({"fgsm@1": 50, "pgd10@1": 20}, None),
     ],
 )
-def test_what_results_show_beside_each_other(rights: dict[str, int], flagged: bool) -> None:
+def test_what_results_show_beside_each_other(rights: dict[str, int], flagged: str | None) -> None:
     results = [AttackResult("clean", {}, 0, [True] * 100, 0, 0, 0)]
     for name, right in rights.items():
         attack, _, tenths = name.partition("@")
         steps = {"num_steps": int("0" + attack.lstrip("pgdcw"))} if attack[-1] == "0" else {}
         results.append(AttackResult(attack, steps, int(tenths) / 10, [i < right for i in range(100)], 0, 0, 0))
-    assert [flag.name for flag in result_flags(results, 10)] == ["gradient masking"] * flagged
+    assert [flag.name for flag in result_flags(results, 10)] == ([flagged] if flagged else [])
 
 
 def test_limits_of_the_black_box_part_and_of_chance() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,6 @@ from torchdistill_adv.threat import ThreatModel
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Job: TypeAlias = tuple[Attack | None, ThreatModel | None]
 
 DEFAULT_EPS = {"linf": "8/255", "l2": 0.5}
