@@ -374,6 +374,15 @@ class TestAccuracies:
         assert found == ["images: a, c / b", "settings of pgd20: a, b / c"]
         assert accuracy.differences(methods[0].runs) == []
 
+    def test_worst_cases_over_other_attacks_are_named(self, tmp_path):
+        fewer, turned = evaluation(), evaluation()
+        fewer["results"] = [r for r in fewer["results"] if r["attack"] != "fgsm"]
+        turned["results"] = turned["results"][:1] + turned["results"][:0:-1]
+        methods, _ = self.collect(tmp_path, a=evaluation(), b=fewer, c=turned)
+        eps = turned["results"][-1]["eps"]
+        found = accuracy.differences([each for method in methods for each in method.runs])
+        assert found == [f"attacks of the worst case at {eps:.4g}: a, c / b"]
+
     def test_radius_curves_begin_with_clean_images(self, tmp_path):
         _, data = self.collect(tmp_path, a=evaluation(by_eps={0.1: (90, 70), 0.05: (120, 100)}), b=evaluation())
         curves_found = accuracy.collect_radius_curves(data)

@@ -101,7 +101,7 @@ def _result_flags(results: Sequence[AttackResult], num_classes: int) -> Iterator
                 yield Flag(
                     "PGD overestimates",
                     f"{_name(pgd)} leaves {pgd.accuracy:.1f} %, {_name(other)} {other.accuracy:.1f} %: quote the "
-                    "lower; if more steps and restarts of PGD do not close the gap, the cross-entropy's gradient is masked",
+                    "lower; where more steps and restarts of PGD leave the gap, the cross-entropy's gradient is masked",
                 )
     for result in results:
         black_box = (result.found_by or {}).get("square", 0)

@@ -108,9 +108,13 @@ def differences(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         if run.evaluation:
             data = run.evaluation["data"]
-            settings = {f"settings of {r['attack']}": r["settings"] for r in run.evaluation["results"] if r["eps"]}
+            attacked = [r for r in run.evaluation["results"] if r["eps"]]
+            settings = {f"settings of {r['attack']}": r["settings"] for r in attacked}
+            worst: dict[str, list[str]] = {}
+            for r in sorted(attacked, key=lambda r: r["attack"]):
+                worst.setdefault(f"attacks of the worst case at {r['eps']:.4g}", []).append(r["attack"])
             images = {"data set": data.get("dataset"), "images": data.get("indices", data.get("num_images"))}
-            for name, value in {**images, "norm": run.evaluation["norm"], **settings}.items():
+            for name, value in {**images, "norm": run.evaluation["norm"], **settings, **worst}.items():
                 facts.setdefault(name, {}).setdefault(json.dumps(value, sort_keys=True), []).append(run.name)
     return [
         f"{name}: {' / '.join(', '.join(names) for names in groups.values())}"
