@@ -28,6 +28,7 @@ from torchdistill_adv.boxes import Box
 from torchdistill_adv.datasets import MixedWithGenerated
 from torchdistill_adv.datasets.common import base_of
 from torchdistill_adv.losses import AdversarialTerm, OnAdversarialExamples
+from torchdistill_adv.report.records import PlainLoader
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -149,23 +150,9 @@ def _replace(node: Any, name: str, value: Any, path: str = "") -> bool:
     return found
 
 
-class _Reader(yaml.SafeLoader):
-    """YAML as it stands: nothing is imported or called, and only ``!join`` is carried out."""
-
-
-def _read_tag(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    items = loader.construct_sequence(node, deep=True)
-    return "".join(map(str, items)) if tag == "join" else items
-
-
-_Reader.add_multi_constructor("!", _read_tag)
-
-
 def read_config(path: str | Path) -> dict[str, Any]:
     """The values of a configuration, with no data set or model built; a relative path starts in ``configs/``."""
-    config: dict[str, Any] = yaml.load((CONFIGS / path).read_text(), _Reader)
+    config: dict[str, Any] = yaml.load((CONFIGS / path).read_text(), PlainLoader)
     return config
 
 

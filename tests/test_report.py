@@ -305,6 +305,11 @@ class TestRecords:
             ("kd", ["kd"]),
         ]
 
+    def test_a_checkpoint_that_the_yaml_joins_is_found(self, tmp_path):
+        joined = config().replace("dst_ckpt: './student.pt'", "dst_ckpt: !join ['./ckpt/', 'student', '.pth']")
+        (run,) = read_runs([make_run(tmp_path / "kd", text=joined)])
+        assert run.checkpoint == tmp_path / "kd.pth"
+
     def test_methods_have_names_apart(self, tmp_path):
         directories = [
             make_run(tmp_path / "kd-0"),

@@ -206,26 +206,27 @@ def _check_entries(found: Json, entries: Mapping[str, Sequence[str]], path: Path
             )
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML as plain mappings: what a tag stands for is neither imported nor built."""
+class PlainLoader(yaml.SafeLoader):
+    """YAML as plain mappings: what a tag stands for is neither imported nor built, and only ``!join`` carried out."""
 
 
-def _plain(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+def _plain(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
     if isinstance(node, yaml.MappingNode):
         return loader.construct_mapping(node, deep=True)
     if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
+        items = loader.construct_sequence(node, deep=True)
+        return "".join(map(str, items)) if tag == "join" else items
     assert isinstance(node, yaml.ScalarNode)
     return loader.construct_scalar(node)
 
 
-_PlainLoader.add_multi_constructor("!", _plain)
+PlainLoader.add_multi_constructor("!", _plain)
 
 
 def _read_config(path: Path, overrides: Json) -> Json:
     try:
         # bound to the SafeLoader above
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"is no YAML: {error}", str(path)) from error
     if not isinstance(config, dict) or not isinstance(config.get("models"), dict):
