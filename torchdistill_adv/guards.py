@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
@@ -107,3 +108,11 @@ def around_ddp(*modules: nn.Module) -> Iterator[None]:
     finally:
         for ddp in wrapped:
             ddp.__dict__.pop("forward", None)
+
+
+def share_buffers(*modules: nn.Module) -> None:
+    """Give every process the running statistics of the first, whose are in the checkpoint."""
+    if dist.is_initialized():
+        for module in modules:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)

@@ -28,7 +28,7 @@ from torchdistill_adv.adversaries import PGD
 from torchdistill_adv.boxes import Box, Side, sides, stage_epochs, stage_path
 from torchdistill_adv.checks import check_logits, integer, put
 from torchdistill_adv.errors import ConfigError, inside
-from torchdistill_adv.guards import eval_mode, on_cloned_buffers, own_random_stream, restored_hooks
+from torchdistill_adv.guards import eval_mode, on_cloned_buffers, own_random_stream, restored_hooks, share_buffers
 from torchdistill_adv.noise import ImageNoise, derive_seed
 from torchdistill_adv.objectives import Objective, View
 from torchdistill_adv.registry import build_adversary, check_options
@@ -272,11 +272,7 @@ class Validator:
             on_cloned_buffers(*networks),
             inside(f"{self.stage}.{BLOCK}"),
         ):
-            if world_size > 1:
-                # each process has its own running statistics; the checkpoint has those of the first
-                for network in networks:
-                    for buffer in network.buffers():
-                        dist.broadcast(buffer, 0)
+            share_buffers(*networks)
             counts = count_right(settings, student, teacher, loader, share, box.device)
         if world_size > 1:
             dist.all_reduce(counts)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from torchdistill_adv.checks import check_logits
-from torchdistill_adv.guards import eval_mode
+from torchdistill_adv.guards import eval_mode, share_buffers
 from torchdistill_adv.runner.setup import to_device
 
 
@@ -32,10 +32,7 @@ def accuracy(
     Raises:
         ConfigError: the model returns no logits.
     """
-    if dist.is_initialized():
-        # each process has its own running statistics; the checkpoint has those of the first
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    share_buffers(model)
     remaining = _share(loader)
     # correct among the first, correct among the first five, all
     counts = torch.zeros(3, dtype=torch.int64, device=device)

@@ -25,12 +25,9 @@ from torchdistill_adv.runner.setup import (
     Place,
     build_box,
     build_model,
-    copy_containers,
-    import_config_dependencies,
-    load_config,
     load_weights,
-    override,
     place,
+    prepare_config,
 )
 from torchdistill_adv.runner.training import Record, train
 
@@ -140,10 +137,7 @@ def run(
 
 def _load(config: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[Any, str]:
     """The configuration with its overrides and its dependencies imported, and its text."""
-    loaded = copy_containers(dict(config) if isinstance(config, Mapping) else load_config(config))
-    import_config_dependencies(loaded)
-    for path, value in overrides.items():
-        override(loaded, path, value)
+    loaded = prepare_config(config, overrides)
     if isinstance(config, Mapping):
         return loaded, as_yaml(loaded)
     return loaded, Path(config).expanduser().read_text(encoding="utf-8")

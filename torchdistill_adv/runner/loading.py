@@ -17,16 +17,7 @@ from torchdistill_adv.losses import TALDLoss
 from torchdistill_adv.models.checkpoint import load_checkpoint
 from torchdistill_adv.runner.check import check_loader, check_model, check_source, section, stages, student_name
 from torchdistill_adv.runner.records import run_directory
-from torchdistill_adv.runner.setup import (
-    Place,
-    build_model,
-    check_device,
-    copy_containers,
-    default_device,
-    import_config_dependencies,
-    load_config,
-    override,
-)
+from torchdistill_adv.runner.setup import Place, build_model, check_device, default_device, prepare_config
 from torchdistill_adv.threat import ThreatModel
 
 
@@ -106,10 +97,7 @@ def load_experiment(
     Raises:
         ConfigError: something is missing or does not fit; with the YAML path.
     """
-    loaded = copy_containers(dict(config) if isinstance(config, Mapping) else load_config(config))
-    import_config_dependencies(loaded)
-    for path, value in (overrides or {}).items():
-        override(loaded, path, value)
+    loaded = prepare_config(config, overrides)
     where = Place(check_device(device) if device else default_device())
     models = section(loaded, "models", "student_model, and teacher_model for distillation")
     with inside("test"):

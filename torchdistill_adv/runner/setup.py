@@ -101,6 +101,25 @@ def override(config: dict[str, Any], path: str, value: Any) -> None:
     block[key] = value
 
 
+def prepare_config(
+    config: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> Any:
+    """A configuration with its dependencies imported and its overrides set; what is given stays as it is.
+
+    Args:
+        config: YAML file, or a configuration as torchdistill loads one.
+        overrides: other values for entries, by dotted YAML path.
+
+    Raises:
+        ConfigError: it cannot be loaded, or a block that should hold an override is not there.
+    """
+    loaded = copy_containers(dict(config) if isinstance(config, Mapping) else load_config(config))
+    import_config_dependencies(loaded)
+    for path, value in (overrides or {}).items():
+        override(loaded, path, value)
+    return loaded
+
+
 # devices and processes
 
 
