@@ -28,7 +28,7 @@ from torchdistill_adv.boxes import Box
 from torchdistill_adv.datasets import MixedWithGenerated
 from torchdistill_adv.datasets.common import base_of
 from torchdistill_adv.losses import AdversarialTerm, OnAdversarialExamples
-from torchdistill_adv.report.records import PlainLoader
+from torchdistill_adv.runner.plain import PlainLoader
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -179,6 +179,20 @@ def _build_model(block: dict[str, Any]) -> nn.Module:
     return get_model(block["key"], **block["kwargs"]) if model is None else model
 
 
+def as_if_trained(teacher: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Running statistics of a batch: those of an untrained network let its features grow to 1e17 in eval mode."""
+    dataset = config["datasets"][config["test"]["test_data_loader"]["dataset_id"]]
+    norms = [m for m in teacher.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad(), torch.random.fork_rng():
+        teacher(torch.stack([dataset[i][0] for i in range(min(8, len(dataset)))]))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return teacher
+
+
 def make_box(config: dict[str, Any], seed: int = 0) -> Box:
     """The distillation or training box of a configuration, on the CPU, with models drawn from ``seed``.
 
@@ -190,7 +204,7 @@ def make_box(config: dict[str, Any], seed: int = 0) -> Box:
     student = _build_model(models["student_model"] if "student_model" in models else models["model"])
     common = (student, config["datasets"], config["train"], torch.device("cpu"), None, False, 1)
     if "teacher_model" in models:
-        return get_distillation_box(_build_model(models["teacher_model"]), *common)
+        return get_distillation_box(as_if_trained(_build_model(models["teacher_model"]), config), *common)
     return get_training_box(*common)
 
 

@@ -156,6 +156,10 @@ PRESETS = {
     "cifar100/kd_tald_paper_linf-resnet20_from_resnet56.yaml": TALD_CIFAR100 | {"norm": "linf", "step norm": "l2"},
     "cifar100/kd_tald_median-resnet20_from_resnet56.yaml": TALD_CIFAR100 | {"bandwidth": "median"},
     "cifar100/kd_tald_code_exact-resnet20_from_resnet56.yaml": TALD_CODE,
+    **{
+        f"cifar100/{host}_tald-resnet20_from_resnet56.yaml": TALD_CIFAR100
+        for host in ("fitnet", "at", "sp", "cc", "vid", "rkd", "pkt", "ab", "ft", "nst", "crd", "sskd", "hsakd", "bss")
+    },
     **{f"imagenet/{h}_tald-resnet18_from_resnet34.yaml": TALD_IMAGENET for h in ("kd", "at", "ft", "crd", "sskd")},
     "cifar10/trades/adaad_tald-resnet18.yaml": TALD_CIFAR100 | {"bandwidth": "median"},
     "digits/robust/adaad_tald.yaml": TALD_CIFAR100 | {"bandwidth": "median"},
@@ -188,10 +192,46 @@ SSKD_WEIGHTS = {
     "ss_ratio": 0.75,
     "tf_ratio": 1.0,
 }
+WITHOUT_KD = {"ce.weight": 1.0, "kd.weight": 0.0, "kd.temperature": 4.0}
 # a stage each: its schedule and its host terms; a batch size is written in the first stage alone
 HOSTS = {
     "cifar100/ce-resnet56.yaml": [REPDISTILLER],
     "cifar100/kd-resnet20_from_resnet56.yaml": [REPDISTILLER | {"kd.temperature": 4.0, "kd.alpha": 0.1}],
+    **{
+        f"cifar100/{host}-resnet20_from_resnet56.yaml": [REPDISTILLER | WITHOUT_KD | own]
+        for host, own in {
+            "fitnet": {"hint.weight": 100.0},
+            "at": {"at.weight": 1000.0},
+            "sp": {"sp.weight": 3000.0},
+            "cc": {"cc.weight": 0.02},
+            "vid": {"vid.weight": 1.0},
+            "rkd": {"rkd.weight": 1.0, "rkd.dist_factor": 25.0, "rkd.angle_factor": 50.0},
+            "pkt": {"pkt.weight": 30000.0},
+            "nst": {"nst.weight": 50.0},
+            "crd": {"crd.weight": 0.8, "crd.temperature": 0.07, "crd.momentum": 0.5, "crd.input_size": 128}
+            | {"crd.num_negative_samples": 16384, "crd.num_samples": 50000},
+        }.items()
+    },
+    "cifar100/bss-resnet20_from_resnet56.yaml": [REPDISTILLER | {"bss.weight": 1.0, "bss.num_base": 64}],
+    # two stages: what the student learns from is trained first, or its own stages are
+    "cifar100/ab-resnet20_from_resnet56.yaml": [
+        REPDISTILLER | {"num_epochs": 30, "milestones": None, "gamma": None, "ab.weight": 1.0, "ab.margin": 1.0},
+        REPDISTILLER | WITHOUT_KD | {"batch_size": None},
+    ],
+    "cifar100/ft-resnet20_from_resnet56.yaml": [
+        REPDISTILLER | {"lr": 0.01, "num_epochs": 30, "milestones": None, "gamma": None},
+        REPDISTILLER | WITHOUT_KD | {"batch_size": None, "ft.weight": 200.0},
+    ],
+    "cifar100/sskd-resnet20_from_resnet56.yaml": [
+        REPDISTILLER | {"num_epochs": 60, "milestones": [30, 45]},
+        REPDISTILLER
+        | {f"sskd.{name}": value for name, value in SSKD_WEIGHTS.items()}
+        | {"batch_size": None, "sskd.loss_weights": [0.1, 0.9, 10.0, 2.7]},
+    ],
+    "cifar100/hsakd-resnet20_from_resnet56.yaml": [
+        REPDISTILLER | {"num_epochs": 100, "milestones": [30, 60, 90], "nesterov": True},
+        REPDISTILLER | {"batch_size": None, "nesterov": True, "hsakd.temperature": 3.0, "hsakd.weight": 1.0},
+    ],
     "imagenet/kd-resnet18_from_resnet34.yaml": [TORCHDISTILL | {"kd.temperature": 1.0, "kd.alpha": 0.5}],
     "imagenet/at-resnet18_from_resnet34.yaml": [TORCHDISTILL | {"ce.weight": 1.0, "at.weight": 1000.0}],
     "imagenet/crd-resnet18_from_resnet34.yaml": [
@@ -460,7 +500,8 @@ def test_digits_students_have_one_teacher_and_one_radius():
 def test_every_loss_has_a_digits_config():
     terms = [read(path)["train"]["criterion"]["kwargs"]["sub_terms"].values() for path in DIGITS_ROBUST]
     used = {block["criterion"]["key"] for blocks in terms for block in blocks}
-    ours = {key for key, loss in MIDDLE_LEVEL_LOSS_DICT.items() if loss.__module__.startswith("torchdistill_adv")}
+    ours = {key for key, loss in MIDDLE_LEVEL_LOSS_DICT.items() if issubclass(loss, AdversarialTerm)}
+    ours = {key for key in ours if MIDDLE_LEVEL_LOSS_DICT[key].__module__.startswith("torchdistill_adv")}
     assert ours and ours <= used
 
 

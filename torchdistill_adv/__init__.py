@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from torchdistill_adv import adversaries, binding, datasets, losses, models, robust_validation
+from torchdistill_adv import adversaries, binding, datasets, hosts, losses, models, robust_validation, teacher_mode
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.objectives import register_objective
 from torchdistill_adv.registry import register_adversary
@@ -15,9 +15,11 @@ __all__ = [
     "adversaries",
     "binding",
     "datasets",
+    "hosts",
     "losses",
     "models",
     "register_adversary",
     "register_objective",
     "robust_validation",
+    "teacher_mode",
 ]

@@ -74,6 +74,21 @@ def cifar_shufflenet_v1(num_classes: int = 10) -> nn.Module:
     )
 
 
+class _ShuffleNetV2(ShuffleNetV2):
+    """torchvision's for 32 x 32 images, with the pooling as a module, which hooks can read."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__([4, 8, 4], [24, 116, 232, 464, 1024], num_classes)
+        self.conv1[0] = nn.Conv2d(3, 24, 1, bias=False)
+        self.maxpool = nn.Identity()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage4(self.stage3(self.stage2(self.conv1(x))))
+        logits: Tensor = self.fc(self.avgpool(self.conv5(x)).flatten(1))
+        return logits
+
+
 @register_model
 def cifar_shufflenet_v2(num_classes: int = 10) -> nn.Module:
     """ShuffleNetV2 for 32 x 32 images: a student of RepDistiller's pairs of different styles.
@@ -96,7 +111,4 @@ def cifar_shufflenet_v2(num_classes: int = 10) -> nn.Module:
               key: 'cifar_shufflenet_v2'
               kwargs: {num_classes: 100}
     """
-    model = ShuffleNetV2([4, 8, 4], [24, 116, 232, 464, 1024], num_classes)
-    model.conv1[0] = nn.Conv2d(3, 24, 1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
+    return _ShuffleNetV2(num_classes)
