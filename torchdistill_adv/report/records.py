@@ -15,8 +15,9 @@ import yaml
 import torchdistill_adv
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.runner.check import student_name
+from torchdistill_adv.runner.config import override
+from torchdistill_adv.runner.plain import PlainLoader
 from torchdistill_adv.runner.records import MEASURED, METRICS, RUN
-from torchdistill_adv.runner.setup import override
 
 Json = Mapping[str, Any]
 
@@ -126,7 +127,7 @@ def _trained(directory: Path, overrides: Json, evaluated: Json) -> tuple[Json | 
     config_file, checkpoint = (evaluated.get(entry) and Path(evaluated[entry]) for entry in ("config", "checkpoint"))
     if evaluated.get("who") != "student" or config_file is None or not config_file.is_file():
         return None, None, checkpoint
-    return _read_config(config_file, {}), config_file, checkpoint
+    return _read_config(config_file, evaluated.get("overrides") or {}), config_file, checkpoint
 
 
 def _is_run(directory: Path) -> bool:
@@ -204,23 +205,6 @@ def _check_entries(found: Json, entries: Mapping[str, Sequence[str]], path: Path
                 f"{torchdistill_adv.__version__}; run torchdistill-adv {command} again",
                 str(path),
             )
-
-
-class PlainLoader(yaml.SafeLoader):
-    """YAML as plain mappings: what a tag stands for is neither imported nor built, and only ``!join`` carried out."""
-
-
-def _plain(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        items = loader.construct_sequence(node, deep=True)
-        return "".join(map(str, items)) if tag == "join" else items
-    assert isinstance(node, yaml.ScalarNode)
-    return loader.construct_scalar(node)
-
-
-PlainLoader.add_multi_constructor("!", _plain)
 
 
 def _read_config(path: Path, overrides: Json) -> Json:
