@@ -41,7 +41,12 @@ STAGE_PROCESSES = {
     "post_epoch_process": processes.POST_EPOCH_PROC_FUNC_DICT,
 }
 # a user's own process may bind; these do not
-UNBOUND_PROCESSES = (None, "default_pre_epoch_process_with_teacher", "default_pre_epoch_process_without_teacher")
+UNBOUND_PROCESSES = (
+    None,
+    "eval_teacher",
+    "default_pre_epoch_process_with_teacher",
+    "default_pre_epoch_process_without_teacher",
+)
 
 
 def check_config(
