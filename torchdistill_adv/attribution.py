@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchdistill_adv.checks import check_logits
 from torchdistill_adv.divergences import wide
 from torchdistill_adv.errors import ConfigError, nearest
-from torchdistill_adv.guards import eval_mode, on_cloned_buffers
+from torchdistill_adv.guards import eval_mode, on_cloned_buffers, original, uncompiled
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def find_layout(network: nn.Module, images: Tensor, module_path: str | None = No
         ConfigError: there is no such module, its output is no feature map, or none can be chosen; with those that
             would do.
     """
+    network = original(network)
     # half precision would make the comparisons too coarse
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         logits, outputs, inputs = _probe(network, images)
@@ -126,6 +127,7 @@ def class_activation_maps(network: nn.Module, layout: Layout, rows: Tensor, clas
     Returns:
         Logits (R, num_classes) and maps (R, h, w) of unit l2 norm.
     """
+    network = original(network)
     if layout.linear is not None:
         logits, features = _features(network, layout, rows)
         return logits, _unit(_weighted_sum(_linear(network, layout.linear).weight[classes], features))
@@ -152,7 +154,7 @@ def feature_maps(network: nn.Module, layout: Layout, rows: Tensor) -> tuple[Tens
     Returns:
         Logits (R, num_classes) and maps (R, h, w) of unit l2 norm.
     """
-    logits, features = _features(network, layout, rows)
+    logits, features = _features(original(network), layout, rows)
     return logits, _unit(wide(features).square().mean(1))
 
 
@@ -180,7 +182,7 @@ def _probe(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor
             if isinstance(module, nn.Linear) and args:
                 inputs[path] = args[0]
 
-    with eval_mode(network), on_cloned_buffers(network), ExitStack() as hooks:
+    with eval_mode(network), on_cloned_buffers(network), uncompiled(network), ExitStack() as hooks:
         for path, module in network.named_modules():
             hooks.enter_context(module.register_forward_hook(partial(keep, path)))
         logits = network(images)
@@ -263,7 +265,7 @@ def _features(network: nn.Module, layout: Layout, rows: Tensor, as_input: bool =
         seen[:] = [output]  # the last call, of a module that is called more often
         return output
 
-    with network.get_submodule(layout.feature).register_forward_hook(keep):
+    with network.get_submodule(layout.feature).register_forward_hook(keep), uncompiled(network):
         logits = check_logits(network(rows), type(network).__name__, "maps need")
     (features,) = seen
     return logits, features.relu() if layout.relu else features

@@ -36,6 +36,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     r""":math:`\max_{j \ne y} z_j - z_y`, (R,): positive where another class is predicted."""
+    logits = wide(logits)
     own = logits.gather(1, labels[:, None])[:, 0]
     return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
 

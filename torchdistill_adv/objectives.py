@@ -281,7 +281,7 @@ def boundary_gap(network: Network, base: Tensor, target: Tensor) -> BoundObjecti
     """
 
     def objective(rows: Tensor, index: Tensor) -> Tensor:
-        logits = network(rows)
+        logits = wide(network(rows))
         gap = logits.gather(1, target[index, None]) - logits.gather(1, base[index, None])
         return torch.where(logits.argmax(1) == base[index], gap[:, 0], 0)
 

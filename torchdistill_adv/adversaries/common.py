@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torchdistill_adv.half import gradient_scale
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.threat import ThreatModel
 
@@ -52,11 +53,12 @@ def value_and_gradient(
     mode, it changes nothing but the memory. Parameters get no gradient.
     """
     values, gradients = [], []
+    scale = gradient_scale(rows.device.type)
     with torch.enable_grad():
         for some, which in zip(rows.split(chunk_size or len(rows)), index.split(chunk_size or len(rows)), strict=True):
             leaf = some.detach().requires_grad_()
             values.append(objective(leaf, which))
-            gradients.append(torch.autograd.grad(values[-1].sum(), leaf)[0])
+            gradients.append(torch.autograd.grad(values[-1].sum() * scale, leaf)[0] / scale)
     return torch.cat(values).detach(), gradients[0] if len(gradients) == 1 else torch.cat(gradients)
 
 

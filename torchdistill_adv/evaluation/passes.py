@@ -57,7 +57,7 @@ class Batches:
             try:
                 return [work(slice(start, start + self.size)) for start in range(0, count, self.size)]
             except RuntimeError as error:
-                if not _is_out_of_memory(error) or self.size == 1:
+                if not is_out_of_memory(error) or self.size == 1:
                     raise
             # outside of the except clause, which keeps what the failed pass held
             self.size = (self.size + 1) // 2
@@ -66,5 +66,6 @@ class Batches:
                 torch.cuda.empty_cache()
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the host, had no more memory for a tensor."""
     return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory"))

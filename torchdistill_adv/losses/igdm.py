@@ -10,7 +10,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import flag
-from torchdistill_adv.divergences import kl_divergence
+from torchdistill_adv.divergences import kl_divergence, wide
 from torchdistill_adv.losses.base import GAUSSIAN_START, AdversarialTerm, Cost
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class IGDMLoss(AdversarialTerm):
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         examples = step.examples(self.search)
         mirrored = 2 * step.images[examples.index] - examples.rows
-        teacher = step.teacher_on(self.search) - step.teacher(mirrored, self.search.chunk_size)
-        student = step.student_on(self.search, self.student_bn) - step.student(mirrored, self.student_bn)
+        teacher = wide(step.teacher_on(self.search)) - wide(step.teacher(mirrored, self.search.chunk_size))
+        student = wide(step.student_on(self.search, self.student_bn)) - wide(step.student(mirrored, self.student_bn))
         return (step.progress if self.ramp else 1.0) * kl_divergence(teacher, student).mean()
 
     def outer_cost(self, images: int, num_views: int = 1) -> dict[object, Cost]:

@@ -18,6 +18,7 @@ from torchdistill.losses.registry import (
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import choice
 from torchdistill_adv.errors import ConfigError, inside, nearest
+from torchdistill_adv.half import in_full_precision
 from torchdistill_adv.losses.base import AdversarialTerm, Cost, Search
 from torchdistill_adv.registry import split_spec
 from torchdistill_adv.sources import AllViews
@@ -115,7 +116,8 @@ class OnAdversarialExamples(AdversarialTerm):
                 student_io_dict = step.collect_student(rows, self.student_bn)
             if self.teacher_on == "adversarial" and step.binding.teacher is not None:
                 teacher_io_dict = step.collect_teacher(rows)
-            values.append(self.criterion(student_io_dict, teacher_io_dict, targets))
+            io_dicts = student_io_dict, teacher_io_dict
+            values.append(in_full_precision(rows.device.type, self.criterion, *io_dicts, targets))
         return torch.stack(values).mean()
 
     def outer_cost(self, images: int, num_views: int = 1) -> dict[object, Cost]:
