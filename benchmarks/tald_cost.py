@@ -51,8 +51,8 @@ def batch(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return (pixels - MEAN) / STD, torch.randint(args.num_classes, (args.batch_size,), device=args.device)
 
 
-def box_step(args: argparse.Namespace, num_particles: int) -> Step:
-    """A step of torchdistill's box; 0 particles is KD alone."""
+def kd_box(args: argparse.Namespace, num_particles: int) -> DistillationBox:
+    """torchdistill's box; 0 particles is KD alone."""
     sub_terms: dict[str, Any] = {
         "kd": {
             "criterion": {
@@ -87,12 +87,21 @@ def box_step(args: argparse.Namespace, num_particles: int) -> Step:
         "optimizer": {"key": "SGD", "kwargs": {"lr": 1e-3, "momentum": 0.9}},
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": sub_terms}},
     }
-    x, y = batch(args)
-    data = {"data": TensorDataset(x.cpu(), y.cpu())}
-    teacher, student = networks(args)
-    box: DistillationBox = get_distillation_box(teacher, student, data, config, args.device, None, False, 1)
+    data = {"data": TensorDataset(*(tensor.cpu() for tensor in batch(args)))}
+    box: DistillationBox = get_distillation_box(*networks(args), data, config, args.device, None, False, 1)
+    return box
+
+
+def box_step(args: argparse.Namespace, num_particles: int) -> Step:
+    """A step of :func:`kd_box`."""
+    return step_of(kd_box(args, num_particles), args)
+
+
+def step_of(box: DistillationBox, args: argparse.Namespace) -> Step:
+    """A training step of a box, on one batch again and again."""
     box.pre_epoch_process(epoch=0)
-    teacher.eval()
+    box.org_teacher_model.eval()
+    x, y = batch(args)
 
     def step() -> None:
         box.post_forward_process(loss=box.forward_process(x, y, {}))

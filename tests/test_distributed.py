@@ -62,10 +62,10 @@ def work(rank: int, folder: str, names: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def in_two_processes(worker, folder, names) -> None:
+def in_two_processes(worker, folder, names, seconds=180) -> None:
     processes = mp.spawn(worker, (str(folder), names), nprocs=2, join=False)
     # DDP that is called twice in a step does not fail, it hangs
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + seconds
     try:
         while not processes.join(timeout=5):
             assert time.monotonic() < deadline, "the processes hang"

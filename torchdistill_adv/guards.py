@@ -110,9 +110,37 @@ def around_ddp(*modules: nn.Module) -> Iterator[None]:
             ddp.__dict__.pop("forward", None)
 
 
+def original(network: nn.Module) -> nn.Module:
+    """The network that ``torch.compile(network)`` wraps, or the network itself."""
+    wrapped: nn.Module = getattr(network, "_orig_mod", network)
+    return wrapped
+
+
+@contextmanager
+def uncompiled(*modules: nn.Module) -> Iterator[None]:
+    """Calls inside are not compiled: hooks that come and go are seen, and derivatives can be differentiated."""
+    compiled = [m for module in modules for m in module.modules() if m._compiled_call_impl is not None]
+    calls = [m._compiled_call_impl for m in compiled]
+    try:
+        for m in compiled:
+            m._compiled_call_impl = None
+        yield
+    finally:
+        for m, call in zip(compiled, calls, strict=True):
+            m._compiled_call_impl = call
+
+
 def share_buffers(*modules: nn.Module) -> None:
     """Give every process the running statistics of the first, whose are in the checkpoint."""
     if dist.is_initialized():
         for module in modules:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
+
+
+def over_ranks_max(value: Tensor) -> Tensor:
+    """The largest of ``value`` over all processes, without a graph; every process has to call it."""
+    value = value.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value

@@ -13,6 +13,7 @@ from torchdistill.losses.registry import register_mid_level_loss
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import integer, number
 from torchdistill_adv.divergences import cross_entropy, wide
+from torchdistill_adv.guards import over_ranks_max
 from torchdistill_adv.losses.base import AdversarialTerm, Search
 from torchdistill_adv.sources import Chosen
 
@@ -78,6 +79,9 @@ class BSSLoss(AdversarialTerm):
     Paper: `Knowledge Distillation with Adversarial Samples Supporting Decision Boundary
     <https://arxiv.org/abs/1805.05532>`_ (Heo et al., AAAI 2019).
 
+    A process without base samples, in a step in which another process has some, passes two images of its batch through
+    the student for no value: all processes make the same passes.
+
     **The official code's**: all of the above, with num_base 64, temperature 3 without a factor of its square, r_0 = 3,
     a_0 = 2; images normalised and clipped to [-2.5, 2.5] (``bounds: [-2.5, 2.5]``); a pass of their own of the student
     in train mode for the samples. **Our reading**: samples stay in the range of real images.
@@ -127,10 +131,15 @@ class BSSLoss(AdversarialTerm):
         clean = step.student_clean()
         value = cross_entropy(clean, step.labels).mean()
         value = value + (1 + self.kd_weight * (1 - step.progress)) * self._distil(step.teacher_clean(), clean)
-        if len(step.examples(self.search).rows):
-            student = step.student_on(self.search, self.student_bn)
-            share = self.bss_weight * (1 - step.progress / USED)
-            value = value + share * self._distil(step.teacher_on(self.search), student)
+        found = len(step.examples(self.search).rows) > 0
+        if over_ranks_max(step.labels.new_tensor(found)):
+            if found:
+                student = step.student_on(self.search, self.student_bn)
+                share = self.bss_weight * (1 - step.progress / USED)
+                value = value + share * self._distil(step.teacher_on(self.search), student)
+            else:
+                # SyncBatchNorm of the processes with samples waits for a pass of this one, forward and backward
+                value = value + 0 * step.student(step.images[:2], self.student_bn).sum()
         return value
 
     def _distil(self, teacher: Tensor, student: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torchdistill.losses.registry import register_mid_level_loss
 
@@ -17,6 +16,8 @@ from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import choice, flag, number
 from torchdistill_adv.divergences import kl_divergence, probability_of, wide
 from torchdistill_adv.errors import ConfigError, inside
+from torchdistill_adv.guards import over_ranks_max
+from torchdistill_adv.half import gradient_scale
 from torchdistill_adv.losses.base import GAUSSIAN_START, AdversarialTerm, Cost, Search
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.objectives import Objective
@@ -45,8 +46,11 @@ class Pairs:
             return Chosen(_of_pairs(step, "paired_image").to(step.images.dtype), None)
         classes = step.classes(self.label_free)
         differ = classes[:, None] != classes[None, :]
-        if not bool(differ.any()):
+        is_one = not bool(differ.any())
+        # all processes stop, or the others would wait for this one
+        if over_ranks_max(classes.new_tensor(is_one)):
             kind = "that the teacher gives one class" if self.label_free else "of one class"
+            kind += "" if is_one else " in another process"
             other = "" if self.label_free else ", or pairing: 'dataset'"
             raise ConfigError(
                 f"found a batch of {len(classes)} images {kind}, in which no image has a partner; write a larger "
@@ -106,10 +110,7 @@ def accumulated(parts: Iterable[Callable[[], Tensor]], network: nn.Module) -> Te
         return torch.stack([part() for part in parts]).sum()
     gradients: list[Tensor | None] = [None] * len(parameters)
     values = []
-    # a loss scaler acts later, and gradients of half precision vanish without one
-    device = parameters[0].device.type
-    in_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    scale = 1024.0 if in_half else 1.0
+    scale = gradient_scale(parameters[0].device.type)
     for part in parts:
         value = part()
         scaled = torch.autograd.grad(value * scale, parameters, allow_unused=True)
@@ -119,14 +120,6 @@ def accumulated(parts: Iterable[Callable[[], Tensor]], network: nn.Module) -> Te
     total = torch.stack(values).sum()
     result: Tensor = _KnownGradient.apply(total, gradients, *parameters)
     return result
-
-
-def over_ranks_max(value: Tensor) -> Tensor:
-    """The largest of ``value`` over all processes."""
-    value = value.detach().clone()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-    return value
 
 
 def _squared(p_logits: Tensor, q_logits: Tensor) -> Tensor:
@@ -185,7 +178,8 @@ class DARWINLoss(AdversarialTerm):
         target_adversary: block of the search of the second path; the default is PGD with the steps of the first one.
 
     Raises:
-        ConfigError: at binding, with the YAML path; at a batch in which all images are of one class.
+        ConfigError: at binding, with the YAML path; in every process, at a batch of one in which all images are of one
+            class.
 
     Example:
         .. code-block:: yaml
