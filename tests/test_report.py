@@ -679,10 +679,11 @@ class TestReport:
     def test_every_section_has_its_figures(self, report):
         text = report.read_text(encoding="utf-8")
         counts = {name: body.count("<img") for name, body in by_section(text).items()}
-        # two radii; FGSM, PGD and the worst case; three curves and two losses; the test accuracy; three inputs and SSE
+        # two radii; FGSM, PGD and the worst case; three curves, two losses, what a search did and the time; the test
+        # accuracy; three inputs and SSE
         assert counts.pop("boundaries") in (1, 2)
         assert counts == {
-            **{"runs": 0, "accuracy": 2, "radius": 3, "training": 5, "ablation": 1, "similarity": 4},
+            **{"runs": 0, "accuracy": 2, "radius": 3, "training": 9, "ablation": 1, "similarity": 4},
             **{"particles": 1, "maps": 1, "landscape": 1, "toy": 1},
         }
 

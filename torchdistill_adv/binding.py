@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import MethodType
@@ -31,6 +33,7 @@ from torchdistill_adv.errors import ConfigError, NonFiniteError, inside
 from torchdistill_adv.guards import own_random_stream, restored_hooks
 from torchdistill_adv.losses.base import AdversarialTerm, Cost, Search
 from torchdistill_adv.noise import Noise, derive_seed
+from torchdistill_adv.statistics import Watch
 from torchdistill_adv.step import Step
 
 logger = logging.getLogger(__name__)
@@ -86,6 +89,7 @@ class Binding:
         self.epochs = range(0)
         self.seed = torch.initial_seed()
         self.step: Step | None = None
+        self.watch: Watch | None = None
         self.num_classes = 0
         self.reuses_teacher_logits: bool | None = None
         self._teacher_was_training: list[nn.Module] = []
@@ -116,6 +120,20 @@ class Binding:
     def teacher_mode(self) -> str:
         return self.evaluated[0].teacher_mode if self.evaluated else "keep"
 
+    def search_names(self) -> dict[Search, str]:
+        """A name for each search: the sub-term's in the YAML, with ``.2`` for its second search, and so on.
+
+        One that several terms share has the name of the first.
+        """
+        names: dict[Search, str] = {}
+        counts: Counter[str] = Counter()
+        for term in self.evaluated:
+            name = ".".join(re.findall(r"sub_terms\.(.+?)\.criterion", term.path)) or type(term).__name__
+            for search in term.searches:
+                counts[name] += 1
+                names.setdefault(search, name if counts[name] == 1 else f"{name}.{counts[name]}")
+        return names
+
     def _check_needs(self) -> None:
         for term in self.evaluated:
             with inside(term.path):
@@ -140,8 +158,6 @@ class Binding:
     def log(self, box: Box) -> None:
         """Say what was bound, what a step costs, and the radius in pixels."""
         images = getattr(box.train_data_loader, "batch_size", None) or 1
-        views = self.student.num_views
-        passes: dict[object, Cost] = {}
         for term in self.terms:
             if not term.evaluated:
                 logger.info("%s: %s has weight 0 and is not evaluated", term.path, type(term).__name__)
@@ -152,13 +168,19 @@ class Binding:
                     *(term.path, type(term).__name__, term.student_bn, search.adversary, search.objective.key),
                     search.threat.describe(),
                 )
-                passes[search] = search.cost(images, views)
+        if self.evaluated:
+            cost = self.cost(images).describe(images)
+            logger.info("adversarial cost of a step, in passes of a batch of %d: %s", images, cost)
+
+    def cost(self, images: int) -> Cost:
+        """Passes of both networks beyond the host's own, for a batch of ``images``; equal ones count once."""
+        views = self.student.num_views
+        passes: dict[object, Cost] = {}
+        for term in self.evaluated:
+            passes |= {search: search.cost(images, views) for search in term.searches}
             passes |= term.outer_cost(images, views)
         total = functools.reduce(Cost.plus, passes.values(), Cost())
-        if self.teacher is None:
-            total = total._replace(teacher_forward=0, teacher_backward=0)
-        if passes:
-            logger.info("adversarial cost of a step, in passes of a batch of %d: %s", images, total.describe(images))
+        return total._replace(teacher_forward=0, teacher_backward=0) if self.teacher is None else total
 
     def set_teacher_mode(self) -> None:
         """Put the teacher's network in eval mode, which torchdistill never does, unless it is to be kept."""

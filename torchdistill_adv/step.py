@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from torchdistill_adv.guards import eval_mode, on_cloned_buffers
 from torchdistill_adv.inputs import check_batch, check_labels, check_networks
 from torchdistill_adv.objectives import View
 from torchdistill_adv.sources import Chosen, Source
+from torchdistill_adv.statistics import search_statistics
 
 if TYPE_CHECKING:
     from torchdistill_adv.binding import Binding
@@ -182,10 +183,11 @@ class Step:
 
     def search_all(self) -> None:
         """Run every search of the step, before the first outer pass can move what another one reads."""
+        watch = self.binding.watch
         for term in self.binding.evaluated:
             for search in term.searches:
                 if search not in self._found:
-                    with inside(term.path):
+                    with inside(term.path), nullcontext() if watch is None else watch.timing("search"):
                         self._found[search] = self._run(search, term)
 
     def _run(self, search: Search, term: AdversarialTerm) -> Examples:
@@ -213,6 +215,13 @@ class Step:
             with inside("objective.kwargs" if "objective" in term.options else ""):
                 objective = search.objective.bind(view)
             examples = search.adversary(objective, images, search.threat, view.noise)
+            if binding.watch is not None:
+                attacked = {who: view.network(who) for who in search.objective.entry.attacks}
+                # in train mode the student's passes move its running statistics
+                with binding.watch.timing("statistics"), on_cloned_buffers(student, read_only_in_eval=True):
+                    binding.watch.searches[binding.search_names()[search]] = search_statistics(
+                        objective, attacked, images, examples, search.threat, search.chunk_size
+                    )
         if not bool(torch.isfinite(examples.rows).all()):
             raise NonFiniteError(
                 f"{term.path}: the search found NaN or infinite examples at {binding.when()}; "

@@ -53,6 +53,39 @@ def collect_losses(method: Method) -> Curves | None:
     return _curves(method.name, "loss, weighted", lines, sorted(stages)[1:])
 
 
+# what is drawn of a search: the figure, its quantity, the entries of a record with a word for each, and their factor
+SEARCH: Sequence[tuple[str, str, Mapping[str, str], float]] = (
+    ("objective", "objective", {"objective_clean": "clean", "objective_adversarial": "adversarial"}, 1),
+    ("changed", "changed, %", {"changed_student": "student", "changed_teacher": "teacher"}, 100),
+    ("distance", "distance", {"distance_mean": "mean", "distance_max": "largest", "eps": "eps"}, 1),
+)
+
+
+def collect_searches(method: Method) -> dict[str, Curves]:
+    """What the searches of a method did, by figure; without what its records do not have."""
+    names = dict.fromkeys(name for run in method.runs for epoch in run.epochs for name in epoch.get("search") or {})
+    found = {}
+    for figure, quantity, entries, factor in SEARCH:
+        lines = {
+            f"{name}, {word}": [_series(run.epochs, "search", name, entry, factor=factor) for run in method.runs]
+            for name in names
+            for entry, word in entries.items()
+        }
+        data = _curves(method.name, quantity, lines)
+        if data is not None:
+            found[figure] = data
+    return found
+
+
+def collect_times(method: Method) -> Curves | None:
+    """What the time of a method's training was spent on."""
+    lines = {
+        word: [_series(run.epochs, "time", word, factor=100) for run in method.runs]
+        for word in ("search", "training", "data")
+    }
+    return _curves(method.name, "share of the time, %", lines)
+
+
 def collect_validation(methods: Sequence[Method], block: str, entry: str, title: str) -> Curves | None:
     """An accuracy on the validation set by method: ``validation``, ``top1`` or ``robust_validation``, ``robust``."""
     lines = {method.name: [_series(run.epochs, block, entry) for run in method.runs] for method in methods}
@@ -74,8 +107,8 @@ def _curves(
     return Curves(title, quantity, kept, places, stages) if kept else None
 
 
-def _series(epochs: Sequence[Json], *path: str) -> Series:
-    """An entry of every record that has it."""
+def _series(epochs: Sequence[Json], *path: str, factor: float = 1) -> Series:
+    """An entry of every record that has it, times ``factor``."""
     found: Series = ([], [])
     for epoch in epochs:
         value: Any = epoch
@@ -83,7 +116,7 @@ def _series(epochs: Sequence[Json], *path: str) -> Series:
             value = (value or {}).get(name)
         if value is not None:
             found[0].append(epoch["epoch"])
-            found[1].append(value)
+            found[1].append(factor * value)
     return found
 
 

@@ -284,7 +284,41 @@ def curves_section(methods: Sequence[Method], figures: Figures) -> Section:
         "Mean of every term over each epoch, times its weight in the loss. Terms of one method show which of them "
         "trains; losses of different methods do not compare."
     )
-    return Section(*name, "".join([grid(overview), *notes, heading("Loss terms"), paragraph(intro), grid(losses)]))
+    parts = [grid(overview), *notes, heading("Loss terms"), paragraph(intro), grid(losses)]
+    return Section(*name, "".join(parts) + _searches(methods, figures))
+
+
+SEARCH_CAPTIONS = {
+    "objective": "What the searches of {name} maximise (minimise, toward a target class), on the clean images and on "
+    "the examples.",
+    "changed": "Share of the examples that change the prediction of each network that the search of {name} attacks.",
+    "distance": "Norm of the perturbation in the training of {name}, in the units of the threat model: mean over the "
+    "examples, the largest of a batch, and the bound.",
+}
+
+
+def _searches(methods: Sequence[Method], figures: Figures) -> str:
+    """What the searches did in training, and the time they took; nothing for runs that did not record it."""
+    drawn = []
+    for method in methods:
+        found = {
+            figure: (data, SEARCH_CAPTIONS[figure].format(name=method.name))
+            for figure, data in curves.collect_searches(method).items()
+        }
+        times = curves.collect_times(method)
+        if times is not None:
+            caption = f"Time of {method.name}: searches, the rest of the training, and waiting for batches."
+            found["time"] = (times, caption)
+        for figure, (data, caption) in found.items():
+            alt = f"{data.quantity} of {method.name} over the epochs: {', '.join(data.lines)}."
+            drawn.append(figures.add(f"{figure}-{method.name}", partial(curves.draw_curves, data), alt, caption))
+    if not drawn:
+        return ""
+    intro = (
+        "Mean over the steps of each epoch in which the searches were watched, one in `log_freq`. A search whose "
+        "objective rises little, or whose examples change no prediction, is too weak, or the network robust."
+    )
+    return heading("Search and time") + paragraph(intro) + grid(drawn)
 
 
 def ablation_section(methods: Sequence[Method], figures: Figures) -> Section:
