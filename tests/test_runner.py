@@ -353,7 +353,7 @@ def test_training_again_removes_what_was_measured_of_the_weights_before(here):
     assert (here / "student" / "evaluation.json").exists()
     run(config, device="cpu", overrides={"train.num_epochs": 1})
     left = sorted(file.name for file in (here / "student").iterdir())
-    assert left == ["config.yaml", "evaluation.journal.jsonl", "metrics.jsonl", "run.json"]
+    assert left == ["config.yaml", "evaluation.journal.jsonl", "last.pt", "metrics.jsonl", "run.json", "run.lock"]
 
 
 def test_folder_that_is_removed_while_training_is_made_again(here):
@@ -390,7 +390,8 @@ def test_what_cannot_be_written_while_training_is_said_and_training_goes_on(here
     # without validation every epoch is saved
     result = run(write(PLAIN, staged), device="cpu", overrides={"train.num_epochs": 3, "train.val_data_loader": {}})
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(errors) == 2 and '"epoch": 0' in errors[0] and "'student.pt' was not saved" in errors[1]
+    assert len(errors) == 3 and '"epoch": 0' in errors[0] and "'student/last.pt' was not saved" in errors[1]
+    assert "'student.pt' was not saved" in errors[2]
     assert [record["epoch"] for record in metrics()[:-1]] == [1, 2]
     assert result["test"] and torch.load("student.pt")["args"]["epoch"] == 2
 
@@ -515,12 +516,30 @@ def test_how_a_run_was_started(here):
         "seed": 3,
         "device": "cpu",
         "overrides": {**data, "train.note": "PosixPath('a')"},
+        **{"processes": 1, "amp": None, "grad_accum_step": None, "channels_last": False, "compile": False},
     }
     assert versions["torch"] == torch.__version__ and set(versions) == {"torch", "torchdistill", "torchdistill_adv"}
     run(config, device="cpu", student_only=True)
     again = json.loads(Path("student/run.json").read_text())
-    assert (again["seed"], again["overrides"]) == (None, {})
+    # without a seed one is drawn, so that the run can be repeated
+    assert isinstance(again["seed"], int) and again["seed"] != 3 and again["overrides"] == {}
     assert "# overrides" not in Path("student/config.yaml").read_text()
+
+
+def test_the_config_of_a_run_is_the_one_that_ran(here):
+    """It is what other commands are given later, without the command line that the run had."""
+    config = write(ROBUST.replace("dst_ckpt: 'student.pt'", "dst_ckpt: &ckpt 'student.pt' # here"))
+    config = write(Path(config).read_text().replace("ckpt: 'student.pt'", "ckpt: *ckpt"))
+    lr = "train.optimizer.kwargs.lr"
+    run(config, seed=3, device="cpu", overrides={"train.num_epochs": 1, lr: 0.05, DST: "other.pt"})
+    ran = load_yaml_file("other/config.yaml")
+    assert (ran["train"]["num_epochs"], ran["train"]["optimizer"]["kwargs"]["lr"]) == (1, 0.05)
+    assert ran["models"]["student_model"]["dst_ckpt"] == ran["train"]["robust_validation"]["ckpt"] == "other.pt"
+    assert "&ckpt 'other.pt' # here" in Path("other/config.yaml").read_text()
+    # what cannot be set in the text stands in its header
+    run(config, seed=3, device="cpu", overrides={"train.num_epochs": 1, "train.note": Path("a"), DST: "third.pt"})
+    text = Path("third/config.yaml").read_text()
+    assert text.startswith("# command: ") and "third.pt" in text.split("\n\n")[0]
 
 
 # processes
@@ -641,7 +660,7 @@ REFUSED = {
         "did you mean 'bind_adversarial_losses'",
     ),
     "no binding": (("  pre_epoch_process: 'bind_adversarial_losses'\n", ""), "train.pre_epoch_process", "autobind"),
-    "a data set's option": (("split: 'test'", "split: 'tset'"), "config.yaml", "split: found 'tset'"),
+    "a data set's option": (("split: 'test'", "split: 'tset'"), "datasets.digits/test", "split: found 'tset'"),
     "a module": (("name: 'torchdistill_adv'", "name: 'torchdistill_advv'"), "dependencies", "torchdistill_advv"),
     "what torchdistill refuses": (("lr: 0.2", "lr: -0.2"), "train", "Invalid learning rate"),
     "a batch larger than the data": (
@@ -738,7 +757,7 @@ def test_refused_files_and_flags(here, capsys):
     write("")
     assert "write the sections" in refused(capsys)
     write(PLAIN, ("torchvision.transforms.ToTensor", "torchvision.transforms.ToTensr"))
-    assert "error: config.yaml: " in refused(capsys)
+    assert "error: datasets.digits/train.init.kwargs.transform: cannot be made: " in refused(capsys)
     write(PLAIN)
     assert "error: --device: found 'cuda:99'" in refused(capsys, "--device", "cuda:99")
     assert "error: --device: found 'gpu'" in refused(capsys, "--device", "gpu")
@@ -746,6 +765,16 @@ def test_refused_files_and_flags(here, capsys):
     assert "error: --start_epoch: found 1, with src_ckpt None" in refused(capsys, "--start_epoch", "1")
     # an untrained student would have the accuracy of chance
     assert f"error: {STUDENT}.dst_ckpt: found 'student.pt', which does not exist" in refused(capsys, "-test_only")
+
+
+def test_other_commands_under_torchrun(here, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        main(["list"])
+    assert end.value.code == 2
+    assert "rank 1: error: ConfigError: list: runs in one process; start it without" in capsys.readouterr().err
 
 
 def test_src_ckpt_may_be_what_training_writes(here):

@@ -26,6 +26,7 @@ from torchdistill.core.training import TrainingBox
 
 from torchdistill_adv.adversaries import PGD
 from torchdistill_adv.boxes import Box, Side, sides, stage_epochs, stage_path
+from torchdistill_adv.checkpoints import read_checkpoint
 from torchdistill_adv.checks import check_logits, integer, put
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers, own_random_stream, restored_hooks, share_buffers
@@ -297,7 +298,7 @@ class Validator:
             path = self.settings.beside(name)
             if not os.path.exists(path):
                 continue
-            saved = torch.load(path, map_location="cpu", weights_only=False)
+            saved = read_checkpoint(path)
             self.best_clean = saved["best_value"]
             measured = saved["args"][BLOCK] or {}
             if name == "best_robust" and self.settings.describe().items() <= measured.items():

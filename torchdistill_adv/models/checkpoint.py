@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torchdistill.models.registry import MODEL_DICT, get_model, register_model
 from torchvision import models
 
+from torchdistill_adv.checkpoints import read_checkpoint
 from torchdistill_adv.checks import choice, number
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.registry import split_spec
@@ -150,16 +150,7 @@ def _read(checkpoint: Any) -> dict[str, Tensor]:
     if not isinstance(checkpoint, str) or not Path(checkpoint).expanduser().is_file():
         raise ConfigError(f"found {checkpoint!r}, which is no file; write the path of a checkpoint")
     wanted = f"write one that torch.save made of a state dict, or of one under {', '.join(map(repr, CONTAINERS))}"
-    try:
-        # torchdistill's runner saves its command line with the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(Path(checkpoint).expanduser(), map_location="cpu", weights_only=True)
-    # the bytes of a file can lead to any exception
-    except Exception as error:
-        raise ConfigError(
-            f"found '{checkpoint}', which cannot be read as tensors ({type(error).__name__}): it is damaged, no "
-            f"checkpoint, or holds other objects as well; {wanted}"
-        ) from error
+    saved = read_checkpoint(checkpoint)
     for name in CONTAINERS:
         if isinstance(saved, Mapping) and isinstance(saved.get(name), Mapping):
             saved = saved[name]

@@ -14,7 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from torchdistill_adv.checks import check_logits
 from torchdistill_adv.guards import eval_mode, share_buffers
-from torchdistill_adv.runner.setup import to_device
+from torchdistill_adv.runner.processes import to_device
 
 
 @torch.no_grad()

@@ -15,9 +15,11 @@ from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.evaluation.pixels import Normalization, PixelModel, find_normalization
 from torchdistill_adv.losses import TALDLoss
 from torchdistill_adv.models.checkpoint import load_checkpoint
+from torchdistill_adv.runner.building import build_model
 from torchdistill_adv.runner.check import check_loader, check_model, check_source, section, stages, student_name
+from torchdistill_adv.runner.config import prepare_config
+from torchdistill_adv.runner.processes import Place, check_device, default_device
 from torchdistill_adv.runner.records import run_directory
-from torchdistill_adv.runner.setup import Place, build_model, check_device, default_device, prepare_config
 from torchdistill_adv.threat import ThreatModel
 
 
@@ -127,7 +129,8 @@ def _load(models: Mapping[str, Any], name: str, ckpt: str | None, where: Place) 
         comes_with_weights = kwargs.get("weights") or kwargs.get("pretrained") or block["key"] in LOADS_WEIGHTS
         if source is None and not comes_with_weights:
             missing = f"found '{trained}', which does not exist" if trained else "has no checkpoint"
-            raise ConfigError(f"{missing}; train first, or write --ckpt with the file of the weights")
+            instead = "--ckpt" if trained else "src_ckpt"
+            raise ConfigError(f"{missing}; train first, or write {instead} with the file of the weights")
         if ckpt is None:
             check_source({"src_ckpt": source})
     network = build_model({**block, "src_ckpt": None if ckpt else source}, name, where)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from torchdistill_adv.binding import BINDING
 from torchdistill_adv.boxes import Box, sides, stage_path
-from torchdistill_adv.errors import ConfigError, NonFiniteError
+from torchdistill_adv.checkpoints import read_checkpoint
+from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.guards import restored_hooks
 from torchdistill_adv.robust_validation import save_student, validator_of
+from torchdistill_adv.runner.building import wrap_student
 from torchdistill_adv.runner.check import stages
 from torchdistill_adv.runner.evaluation import accuracy, describe
-from torchdistill_adv.runner.progress import progress_bar, show, weighted_terms
-from torchdistill_adv.runner.setup import Place, to_device, wrap_student
+from torchdistill_adv.runner.memory import memory_advice
+from torchdistill_adv.runner.precision import Passes
+from torchdistill_adv.runner.processes import Place, to_device
+from torchdistill_adv.runner.progress import Monitor, WriteScalars, epoch_record
+from torchdistill_adv.runner.resume import Position, batches, random_streams, set_random_streams, set_step
+from torchdistill_adv.runner.tensorboard import epoch_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -36,39 +42,59 @@ def train(
     train_config: Mapping[str, Any],
     where: Place,
     *,
-    start_epoch: int,
+    passes: Passes,
+    position: Position,
+    keep: Callable[[Position], None],
+    save_steps: int | None,
     options: Mapping[str, Any],
     write: Callable[[Record], None],
-) -> list[Record]:
+    board: WriteScalars,
+) -> None:
     """Train, and keep the student of the best epoch at ``dst_ckpt``: of the last one where there is no validation.
 
     Args:
-        box: what :func:`~torchdistill_adv.runner.setup.build_box` built.
+        box: what :func:`~torchdistill_adv.runner.building.build_box` built, in the stage of ``position``.
         student: the network itself, which is validated and saved.
         student_block: its block of ``models``.
         train_config: the section ``train``.
         where: device and processes.
-        start_epoch: first epoch, counted over all stages.
-        options: what the run was started with, kept in the checkpoint.
+        passes: how they are computed.
+        position: where to begin.
+        keep: keeps the state of the run at a position: at the beginning, and after every epoch.
+        save_steps: keep it every so many steps, too.
+        options: what the run was started with, kept in the student's checkpoint.
         write: called with the record of every epoch.
-
-    Returns:
-        The record of every epoch.
+        board: called with the values of a step, which is counted over the run.
 
     Raises:
-        ConfigError: ``src_ckpt`` has the optimizer of another model.
         NonFiniteError: the loss became NaN or infinite.
     """
-    skip_to(box, start_epoch, train_config, where)
-    best = restore(box, student_block.get("src_ckpt"))
-    if start_epoch:
-        catch_up(box, start_epoch, train_config)
     log_freq = train_config.get("log_freq", 100)
-    records = []
-    for epoch in range(start_epoch, box.num_epochs):
+    if position.streams is None:
+        keep(position)
+    while position.epoch < box.num_epochs:
+        epoch, best = position.epoch, position.best
+        if position.streams is not None:
+            set_random_streams(position.streams, where.device, box.train_data_loader)
+        position.streams = random_streams(where.device, box.train_data_loader)
         box.pre_epoch_process(epoch=epoch)
-        stage, lr = stage_number(box), box.optimizer.param_groups[0]["lr"]
-        means = train_one_epoch(box, where, epoch, log_freq)
+        set_step(box, position.meter.steps)
+        stage = stage_number(box)
+        if position.lr is None:
+            position.lr = box.optimizer.param_groups[0]["lr"]
+        later = box.num_epochs - epoch - 1
+        monitor = Monitor(
+            box.criterion,
+            epoch,
+            position.meter,
+            log_freq,
+            binding=box.__dict__.get(BINDING),
+            steps_left=later * length_hint(box.train_data_loader),
+            write_scalars=over_the_run(board, position.steps_before, box),
+        )
+        train_one_epoch(box, where, passes, monitor, position, keep, save_steps)
+        clock = time.perf_counter()
+        means = epoch_record(position.meter)
         validation = validate(box, student, where)
         top1 = None if validation is None else validation["top1"]
         if top1 is None or best is None or top1 > best:
@@ -77,20 +103,27 @@ def train(
             saved = {**options, "epoch": epoch, "stage": stage}
             if save_student(box, student, better or 0.0, saved, student_block["dst_ckpt"]):
                 best = better
-        records.append({"epoch": epoch, "stage": stage, **means, "lr": lr, "validation": validation})
+        record = {"epoch": epoch, "stage": stage, **means, "lr": position.lr, "validation": validation}
         # a process that begins the next stage puts another one in its place
         validator = validator_of(box)
         try:
             box.post_epoch_process(metrics=top1)
         finally:
-            records[-1]["robust_validation"] = None if validator is None else validator.latest
-            write(records[-1])
+            seconds = means["seconds"] + time.perf_counter() - clock
+            record |= {
+                "robust_validation": None if validator is None else validator.latest,
+                "eta_seconds": seconds * later,
+            }
+            write(record)
+            steps = position.steps_before + position.meter.steps
+            board(steps - 1, epoch_scalars(record))
         if stage_number(box) != stage:
-            wrap_student(box, train_config, where)
+            wrap_student(box, where)
+        position = Position(epoch + 1, best=best, steps_before=steps)
+        keep(position)
     if where.distributed:
         dist.barrier()
     box.clean_modules()
-    return records
 
 
 def stage_number(box: Box) -> int:
@@ -98,50 +131,41 @@ def stage_number(box: Box) -> int:
     return getattr(box, "stage_number", 1)
 
 
-def train_one_epoch(box: Box, where: Place, epoch: int, log_freq: int) -> Record:
-    """One epoch: means over its steps of the loss and of its weighted terms, the time, and images per second.
+def over_the_run(board: WriteScalars, steps_before: int, box: Box) -> WriteScalars:
+    """``board`` for the steps of an epoch, with the learning rate."""
+    return lambda step, values: board(steps_before + step, {**values, "lr": box.optimizer.param_groups[0]["lr"]})
+
+
+def train_one_epoch(
+    box: Box,
+    where: Place,
+    passes: Passes,
+    monitor: Monitor,
+    position: Position,
+    keep: Callable[[Position], None],
+    save_steps: int | None,
+) -> None:
+    """An epoch from ``position`` to its end.
 
     Raises:
         ConfigError: there is no batch.
         NonFiniteError: the loss became NaN or infinite.
     """
-    loss_sum, term_sums = 0.0, dict[str, float]()
-    steps = images = 0
-    title, start = f"epoch {epoch}", time.perf_counter()
-    with weighted_terms(box.criterion) as terms, progress_bar(box.train_data_loader, title) as bar:
-        for sample_batch, targets, *rest in bar:
-            sample_batch, targets = to_device(sample_batch, where.device), to_device(targets, where.device)
-            loss: Tensor = box.forward_process(sample_batch, targets, rest[0] if rest else {})
-            value, values = float(loss.detach()), {name: float(term) for name, term in terms.items()}
-            if not math.isfinite(value):
-                raise NonFiniteError(f"train: the loss is {value} at epoch {epoch}, step {steps}; its terms: {values}")
-            box.post_forward_process(loss=loss)
-            loss_sum += value
-            term_sums = {name: term_sums.get(name, 0.0) + term for name, term in values.items()}
-            images += len(targets)
-            speed = images / (time.perf_counter() - start)
-            show(bar, title, steps, log_freq, {"loss": value, **values, "images/s": speed})
-            steps += 1
-    if not steps:
+    loader = box.train_data_loader
+    watched = monitor.watch(batches(loader, position, where.device), length_hint(loader) or None)
+    with memory_advice(box, passes.amp), watched as every_batch:
+        for sample_batch, targets, *rest in every_batch:
+            sample_batch = passes.batch(to_device(sample_batch, where.device))
+            targets = to_device(targets, where.device)
+            with passes.forward(box):
+                loss: Tensor = box.forward_process(sample_batch, targets, rest[0] if rest else {})
+                monitor.end_step(loss, len(targets))
+            passes.step(box, loss)
+            if save_steps and position.meter.steps % save_steps == 0:
+                keep(position)
+    if not position.meter.steps:
         path = f"{stage_path(box)}.train_data_loader"
         raise ConfigError("gives no batch; write a smaller batch_size, or drop_last: False", path)
-    seconds = time.perf_counter() - start
-    total_loss, *totals, all_steps, all_images = over_processes([loss_sum, *term_sums.values(), steps, images], where)
-    return {
-        "loss": total_loss / all_steps,
-        "terms": {name: total / all_steps for name, total in zip(term_sums, totals, strict=True)},
-        "seconds": seconds,
-        "images_per_second": all_images / seconds,
-    }
-
-
-def over_processes(values: list[float], where: Place) -> list[float]:
-    """The sum of each value over all processes."""
-    if not where.distributed:
-        return values
-    totals = torch.tensor(values, dtype=torch.float64, device=where.device)
-    dist.all_reduce(totals)
-    return totals.tolist()
 
 
 def validate(box: Box, student: nn.Module, where: Place) -> dict[str, float] | None:
@@ -155,7 +179,7 @@ def validate(box: Box, student: nn.Module, where: Place) -> dict[str, float] | N
 # going on from a checkpoint
 
 
-def skip_to(box: Box, epoch: int, train_config: Mapping[str, Any], where: Place) -> None:
+def skip_to(box: Box, epoch: int, where: Place) -> None:
     """Bring a box of several stages to the one that has ``epoch``."""
     if not hasattr(box, "stage_end_epoch"):
         return
@@ -163,12 +187,12 @@ def skip_to(box: Box, epoch: int, train_config: Mapping[str, Any], where: Place)
     box.save_stage_ckpt = lambda *_: None
     while epoch >= box.stage_end_epoch:
         box.advance_to_next_stage()
-        wrap_student(box, train_config, where)
+        wrap_student(box, where)
     del box.save_stage_ckpt
     box.current_epoch = epoch
 
 
-def restore(box: Box, src_ckpt: str | None) -> float | None:
+def start_from(box: Box, src_ckpt: str | None) -> float | None:
     """Put optimizer and scheduler into the state that the student's ``src_ckpt`` has, if it has one.
 
     Returns:
@@ -179,7 +203,7 @@ def restore(box: Box, src_ckpt: str | None) -> float | None:
     """
     if src_ckpt is None or not Path(src_ckpt).exists():
         return None
-    checkpoint = torch.load(src_ckpt, map_location="cpu", weights_only=False)
+    checkpoint = read_checkpoint(src_ckpt)
     if "optimizer" not in checkpoint:
         return None
     best: float | None = checkpoint.get("best_value")
