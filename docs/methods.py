@@ -32,9 +32,10 @@ from torchdistill_adv.step import Step
 PAGE = Path(__file__).with_name("methods.md")
 INTRO = """# Methods
 
-Every loss that importing `torchdistill_adv` registers. Written by `python docs/methods.py` from the classes, and from a
-step that each of them takes with its defaults: S is the student, T the teacher, x a clean image and x' an adversarial
-example. Losses take other adversaries, objectives and threat models too; those below are the defaults.
+Every adversarial loss that importing `torchdistill_adv` registers. Written by `python docs/methods.py` from the
+classes, and from a step that each of them takes with its defaults: S is the student, T the teacher, x a clean image and
+x' an adversarial example. Losses take other adversaries, objectives and threat models too; those below are the
+defaults.
 
 *Gradient of the search* names the networks that it flows through. *Cost* counts passes of a whole batch beyond those of
 the host, which always passes both networks on x once; B after a number is a backward pass. A loss that is one of
