@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_darwin import PARTICLES, THREAT, batch, block, box_of, pairs, sharp, steps
-from tiny import NUM_CLASSES, network, term, tiny_box
+from tiny import NUM_CLASSES, leave_process_group, network, term, tiny_box
 
 from torchdistill_adv.losses.base import Cost
 from torchdistill_adv.losses.darwin import accumulated
@@ -162,7 +162,7 @@ def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     torch.save(of_rank(rank, 2), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def test_two_processes_are_one_on_the_joined_batch(tmp_path):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contract import ROWS, TwoTeachers, pairs
-from tiny import KD, images, network, on_adversarial, tald, tiny_box
+from tiny import KD, images, leave_process_group, network, on_adversarial, tald, tiny_box
 
 import torchdistill_adv.binding
 from torchdistill_adv.binding import Binding
@@ -59,7 +59,7 @@ def work(rank: int, folder: str, names: list[str]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     for name in names:
         torch.save(gradient(rank, 2, {name: TERMS[name]}), f"{folder}/{name}-{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def in_two_processes(worker, folder, names, seconds=180) -> None:
@@ -106,7 +106,7 @@ def contract_work(rank: int, folder: str, names: list[str]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     for name in names:
         contract_gradients(folder, rank, name)
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from contract import LOSSES
 from support import CONFIGS, load_config
 from test_distributed import in_two_processes
 from test_runner import PLAIN
-from tiny import KD, images, network, sharp, tald, tiny_box, train_config
+from tiny import KD, images, leave_process_group, network, sharp, tald, tiny_box, train_config
 
 from torchdistill_adv.binding import Binding
 from torchdistill_adv.errors import ConfigError
@@ -118,7 +118,7 @@ def accelerated(rank: int):
             x, y = images(6, seed=10 * rank + seed)
             box.post_forward_process(loss=box.forward_process(x, y, {}))
         weights.append([p.detach().clone() for p in student.parameters()])
-    dist.destroy_process_group()
+    leave_process_group()
     return weights
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from test_distributed import in_two_processes
-from tiny import CE, KD, NORMALIZE, PIXEL_THREAT, images, network, sharp, tald, train_config
+from tiny import CE, KD, NORMALIZE, PIXEL_THREAT, images, leave_process_group, network, sharp, tald, train_config
 from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler, Subset, TensorDataset
 from torchdistill.common.main_util import load_ckpt
@@ -481,7 +481,7 @@ def work(rank, folder, names):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     torch.save(measure(folder, rank), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def test_two_processes_find_what_one_finds(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -184,3 +185,9 @@ def step(box: Box, x: Tensor, y: Any, supp_dict: Any = None) -> Tensor:
 def probabilities_for_test(model: nn.Module, sample_batch: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A user's forward process whose result has the shape of logits."""
     return model(sample_batch).softmax(1)
+
+
+def leave_process_group() -> None:
+    """A DistributedDataParallel that outlives the group can abort the process, and boxes are in reference cycles."""
+    gc.collect()
+    torch.distributed.destroy_process_group()
