@@ -56,24 +56,29 @@ class Side:
         self, batch: Tensor, targets: Any, supp_dict: Any, kwargs: Mapping[str, Any], device: torch.device
     ) -> IODict:
         """Outputs and hooked features for ``batch``, gathered as the box gathers them."""
-        unwrapped = self.outermost
-        while isinstance(unwrapped, (DataParallel, DistributedDataParallel)):
-            unwrapped = unwrapped.module
-        with torch.set_grad_enabled(self.updatable and torch.is_grad_enabled()), around_ddp(unwrapped):
-            outputs = self.forward_proc(unwrapped, batch, targets, supp_dict, **kwargs)
+        network = unwrapped(self.outermost)
+        with torch.set_grad_enabled(self.updatable and torch.is_grad_enabled()), around_ddp(network):
+            outputs = self.forward_proc(network, batch, targets, supp_dict, **kwargs)
             io_dict: IODict = extract_io_dict(self.io_dict, device)
             io_dict[SELF_MODULE_PATH]["output"] = outputs
-            if isinstance(unwrapped, AuxiliaryModelWrapper):
-                unwrapped.secondary_forward(io_dict)
+            if isinstance(network, AuxiliaryModelWrapper):
+                network.secondary_forward(io_dict)
             update_io_dict(io_dict, extract_io_dict(self.io_dict, device))
         return io_dict
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What is inside the wrappers that spread a module over devices."""
+    while isinstance(module, (DataParallel, DistributedDataParallel)):
+        module = module.module
+    return module
 
 
 def _raw(model: nn.Module, outermost: nn.Module) -> nn.Module:
     """The network to call: unwrapped, but an FSDP root must be called itself to gather its parameters."""
     if isinstance(outermost, FullyShardedDataParallel):
         return outermost
-    return model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
+    return unwrapped(model)
 
 
 def sides(box: Box) -> tuple[Side, Side | None]:

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import torchdistill_adv
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.runner.check import student_name
-from torchdistill_adv.runner.config import override
-from torchdistill_adv.runner.plain import PlainLoader
+from torchdistill_adv.runner.config import plain_config
 from torchdistill_adv.runner.records import MEASURED, METRICS, RUN
 
 Json = Mapping[str, Any]
@@ -208,17 +205,10 @@ def _check_entries(found: Json, entries: Mapping[str, Sequence[str]], path: Path
 
 
 def _read_config(path: Path, overrides: Json) -> Json:
-    try:
-        # bound to the SafeLoader above
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"is no YAML: {error}", str(path)) from error
+    config = plain_config(path, overrides)
     if not isinstance(config, dict) or not isinstance(config.get("models"), dict):
         raise ConfigError("is no configuration of a run: it has no section models", str(path))
-    # anchors share their blocks, and an override is for one place
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
-    for key, value in overrides.items():
-        override(plain, key, value)
+    plain: Json = json.loads(json.dumps(config, default=str))
     return plain
 
 

@@ -53,8 +53,7 @@ from torchdistill_adv.runner.resume import (
 )
 from torchdistill_adv.runner.tensorboard import scalar_writer
 from torchdistill_adv.runner.training import Record, catch_up, skip_to, start_from, train
-from torchdistill_adv.yaml.text import flow, set_value
-from torchdistill_adv.yaml.text import plain_config as text_config
+from torchdistill_adv.yaml.text import config_of, flow, set_value
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +273,7 @@ def _as_it_ran(config: str | os.PathLike[str], text: str, overrides: Mapping[str
             shown = set_value(shown, path, value if isinstance(value, TaggedYAML) else flow(value))
         ran = plain_config(config, overrides)
         _move_checkpoints(ran["train"], dst_ckpt, overrides)
-        return shown if text_config(shown) == ran else text
+        return shown if config_of(shown) == ran else text
     except (ConfigError, yaml.YAMLError):
         return text
 

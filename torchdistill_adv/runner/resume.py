@@ -28,12 +28,11 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchdistill.common.main_util import is_main_process
 
 from torchdistill_adv.binding import BINDING
-from torchdistill_adv.boxes import Box
+from torchdistill_adv.boxes import Box, unwrapped
 from torchdistill_adv.checkpoints import read_checkpoint, write_checkpoint
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.robust_validation import BLOCK
@@ -251,7 +250,7 @@ def _modules(box: Box) -> dict[str, nn.Module]:
     names = ("org_teacher_model", "org_student_model", "org_model", "teacher_model", "student_model", "model")
     found = {name: getattr(box, name, None) for name in names}
     found |= _losses("criterion", box.criterion)
-    return {name: _inner(module) for name, module in found.items() if module is not None}
+    return {name: unwrapped(module) for name, module in found.items() if module is not None}
 
 
 def _losses(name: str, criterion: nn.Module) -> dict[str, nn.Module]:
@@ -261,11 +260,6 @@ def _losses(name: str, criterion: nn.Module) -> dict[str, nn.Module]:
         for key, (term, _) in getattr(holder, "term_dict", {}).items():
             found |= _losses(f"{name}.{key}", term)
     return found
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    wrapped = isinstance(module, (DataParallel, DistributedDataParallel))
-    return module.module if wrapped else module  # type: ignore[return-value]
 
 
 def _gather(own: State, where: Place) -> list[State]:

@@ -20,7 +20,7 @@ from torchdistill_adv.losses import AdversarialTerm
 from torchdistill_adv.runner.check import section, stages, student_name
 from torchdistill_adv.runner.config import copy_containers, import_config_dependencies, split_override
 from torchdistill_adv.yaml.normalization import find_mean_and_std
-from torchdistill_adv.yaml.text import Raw, append_item, flow, plain_config, put_entry, set_value
+from torchdistill_adv.yaml.text import Raw, append_item, config_of, flow, put_entry, set_value
 
 BIND = "bind_adversarial_losses"
 PACKAGE, AUTOBIND = "torchdistill_adv", "torchdistill_adv.autobind"
@@ -80,10 +80,10 @@ def add_term(
         ConfigError: there is no such loss or stage, the loss cannot be trained there, or the YAML is written such that
             nothing can be put in without a change of something else; with what to write by hand.
     """
-    plain_config(text)
+    config_of(text)
     for item in overrides:
         text = set_value(text, *split_override(item))
-    config = plain_config(text)
+    config = config_of(text)
     loss = _find_loss(key, config)
     path, block = _choose_stage(config, stage)
     name = name or key.removesuffix("Loss").lower()
@@ -308,7 +308,7 @@ def _put_in(text: str, config: Plain, needed: Sequence[Entry]) -> str:
                 if block is None:
                     block = _at(expected, entry.block[:-1])[entry.block[-1]] = {}
                 block[entry.key] = entry.value
-        if plain_config(new) != expected:
+        if config_of(new) != expected:
             raise ConfigError("holds blocks that are used at several places, or in a style that no line fits into")
     except (ConfigError, yaml.YAMLError) as error:
         by_hand = {Raw(".".join([*entry.block, entry.key or "0"])): entry.value for entry in needed}

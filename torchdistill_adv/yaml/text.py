@@ -53,7 +53,7 @@ def parse(text: str) -> tuple[Any, dict[yaml.Node, str]]:
     return composer.get_single_node(), composer.names
 
 
-def plain_config(text: str) -> dict[str, Any]:
+def config_of(text: str) -> dict[str, Any]:
     """A configuration as plain mappings, in which nothing is built.
 
     Raises:
