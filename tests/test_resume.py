@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 from support import CONFIGS, read_config
 from test_runner import PLAIN, ROBUST_STAGED, command, write
+from tiny import KD, network, tiny_box
 from torch.optim import SGD, lr_scheduler
 from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 from torchdistill.optim.registry import SCHEDULER_DICT
@@ -31,16 +32,19 @@ from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.runner import experiment, run
 from torchdistill_adv.runner.experiment import tell_found_modules
 from torchdistill_adv.runner.plain import normal_form
-from torchdistill_adv.runner.processes import place
+from torchdistill_adv.runner.precision import Passes
+from torchdistill_adv.runner.processes import Place, place
 from torchdistill_adv.runner.progress import Meter
 from torchdistill_adv.runner.records import as_yaml
 from torchdistill_adv.runner.resume import (
     Keeper,
     Position,
     batches,
+    capture,
     check_same_state,
     only_run,
     random_streams,
+    restore,
     set_random_streams,
 )
 
@@ -568,6 +572,22 @@ def test_full_disk_does_not_end_training(server, interrupted):
     for name in ("last.pt", "previous.pt"):
         assert (interrupted / name).read_bytes() == (Path("kept") / name).read_bytes()
     assert resume() == 0
+
+
+def test_buffers_that_no_state_dict_has_go_on():
+    """Such as a memory that a network keeps for itself."""
+
+    def box_with(value: float):
+        student = network(1)
+        student.register_buffer("memory", torch.full((2,), value), persistent=False)
+        return tiny_box({"kd": KD}, student=student), student
+
+    where = Place(torch.device("cpu"))
+    passes = Passes(where, None, False, False)
+    state = capture(box_with(3.0)[0], Position(0), passes, where)
+    box, student = box_with(0.0)
+    restore(box, state, passes, where)
+    assert student.memory.tolist() == [3.0, 3.0]
 
 
 # random streams and batches
