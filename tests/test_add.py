@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import support
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import CONFIGS, make_box, stages, train
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
@@ -286,6 +286,7 @@ def test_an_entry_takes_the_indentation_around_it(text, expected):
 
 
 @given(plain_values)
+@example({"?&": None})
 def test_flow_style_says_the_same(value):
     assert plain(flow(value)) == value
     assert plain(append_item("a: [1]\nb:\n- {}\n", ["b"], {"c": value, "d": 1}))["b"] == [{}, {"c": value, "d": 1}]

@@ -101,7 +101,10 @@ def _item(value: Mapping[str, Any]) -> list[str]:
 
 
 def _key(key: str) -> str:
-    return key if isinstance(key, Raw) else _scalar(key)
+    if isinstance(key, Raw):
+        return key
+    # PyYAML writes "?&" without quotes, and does not read it in flow style
+    return flow(key) if isinstance(key, str) and "?" in key else _scalar(key)
 
 
 def _scalar(value: Any) -> str:
