@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from torchdistill_adv import twins
+from torchdistill_adv.losses import base
 from torchdistill_adv.step import Step
+
+
+@pytest.fixture(autouse=True)
+def plain_passes(monkeypatch):
+    """Searches pass the networks as they are unless a test says otherwise: what is compared with is written plainly.
+
+    Runs in processes of their own, and tests/test_twins.py, have the defaults of the package.
+    """
+    monkeypatch.setitem(base.COMMON, "search", twins.SearchPasses("auto", False, False, False))
+    monkeypatch.setattr(twins, "fast_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture

@@ -17,7 +17,16 @@ from torchdistill.core.forward_hook import ForwardHookManager
 from torchdistill.models.registry import get_model
 
 import torchdistill_adv.models  # noqa: F401
-from torchdistill_adv.attribution import Layout, class_activation_maps, feature_maps, find_layout, map_distance
+from torchdistill_adv.attribution import (
+    Layout,
+    class_activation_maps,
+    exact_maps,
+    feature_maps,
+    find_layout,
+    map_distance,
+    recorded_features,
+    squared_maps,
+)
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.guards import on_cloned_buffers
 
@@ -615,6 +624,29 @@ def test_exact_maps_need_one_pass_forward_and_one_backward(functional_relu):
     assert not [name for name in graph_names(maps) if "BackwardBackward" in name]
     maps[:, 0].sum().backward()
     assert (below.forwards, above.forwards, below.backwards, above.backwards) == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize("functional_relu", [False, True])
+def test_maps_of_a_recorded_pass_are_those_of_an_own_pass(functional_relu):
+    network, x = seeded(Pooled, functional_relu=functional_relu), images()
+    layout = find_layout(network, x)
+    with recorded_features(network, layout) as seen:
+        network(x)
+    network(2 * x)
+    (features,) = seen
+    pairs = [
+        (class_activation_maps(network, layout, x, CLASSES)[1], exact_maps(network, layout, features, CLASSES)),
+        (feature_maps(network, layout, x)[1], squared_maps(layout, features)),
+    ]
+    for own, recorded in pairs:
+        assert torch.equal(own, recorded)
+        gradients = [
+            torch.autograd.grad(maps[:, 0].sum(), network.parameters(), retain_graph=True, allow_unused=True)
+            for maps in (own, recorded)
+        ]
+        for a, b in zip(*gradients, strict=True):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+        assert any(a is not None and a.any() for a in gradients[0])
 
 
 def test_grad_cam_goes_back_to_the_feature_map_only():

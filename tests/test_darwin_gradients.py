@@ -56,6 +56,14 @@ def test_accumulated_gradient_is_that_of_the_sum(frozen):
             assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-10)
 
 
+def test_gradients_that_autograd_shares_are_summed_apart():
+    """It gives both parameters of a sum one tensor."""
+    net = nn.ParameterList([torch.ones(3), torch.ones(3)])
+    parts = [lambda: (net[0] + net[1]).sum(), lambda: 2 * (net[0] + net[1]).sum(), lambda: 3 * net[0].sum()]
+    accumulated(parts, net).backward()
+    assert net[0].grad.tolist() == [6.0] * 3 and net[1].grad.tolist() == [3.0] * 3
+
+
 def test_what_no_part_uses_gets_no_gradient():
     """An optimiser would shrink it by weight decay if it were zero."""
     net = small()

@@ -25,10 +25,11 @@ from torchdistill_adv.adversaries import common
 from torchdistill_adv.divergences import margin
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.guards import eval_mode
-from torchdistill_adv.losses import darwin
+from torchdistill_adv.losses import base, darwin
 from torchdistill_adv.runner.precision import DTYPES, Passes, set_grad_accum_step
 from torchdistill_adv.runner.processes import Place
 from torchdistill_adv.step import Step
+from torchdistill_adv.twins import SearchPasses
 
 CPU = Place(torch.device("cpu"))
 HOST = {"kd": KD, "ce": CE}
@@ -89,7 +90,11 @@ def test_only_the_networks_are_in_half_precision(name, amp, monkeypatch):
         return loss.detach(), gradient_of(student)
 
     student, teacher = networks_of(name)
-    loss, gradient = run(student, teacher, passes(amp))
+    with monkeypatch.context() as patch:
+        # auto would search in float32 for TALD and TRADES
+        precision = str(DTYPES[amp]).removeprefix("torch.")
+        patch.setitem(base.COMMON, "search", SearchPasses(precision, False, False, False))
+        loss, gradient = run(student, teacher, passes(amp))
     student, teacher = networks_of(name)
     parts = {"robust": teacher.robust, "standard": teacher.standard}
     halves = [HalfInside(net, DTYPES[amp]) for net in (student, *parts.values())]

@@ -38,6 +38,39 @@ def test_shared_passes_are_not_made_again(searches, share, student, teacher):
     assert (by_student, by_teacher) == ([6] * student, [6] * teacher)
 
 
+DARWIN = block("DARWINLoss", **WIDE)
+BESIDE = {**WIDE, "objective": "ce_student"}
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
+def test_a_search_that_needs_no_path_is_the_one_that_has_it(searches, order):
+    terms = [DARWIN, block("IGDMLoss", **BESIDE)][::order]
+    options = {"student_bn": "batch"}
+    for term_block in terms:
+        term_block["criterion"]["kwargs"].update(options)
+    alone = [box_of(term_block) for term_block in terms]
+    values = [box.forward_process(*batch()).item() for box in alone]
+    found = {search.without_path: examples.rows for search, examples in searches}
+    assert len(searches) == 3 and len(found) == 2
+    searches.clear()
+    box = box_of(*terms)
+    assert abs(box.forward_process(*batch()).item() - sum(values)) < 1e-10
+    # DARWIN's two
+    assert [search.adversary.return_path for search, _ in searches] == [True, True]
+    assert all(torch.equal(found[search.without_path], examples.rows) for search, examples in searches)
+    costs = [box.adversarial_binding.cost(6) for box in (*alone, box)]
+    once = term(alone[terms.index(DARWIN)], "term0").searches[0].cost(6)
+    assert functools.reduce(Cost.plus, costs[:2]) == costs[2].plus(once)
+
+
+@pytest.mark.parametrize(
+    "options", [{"share": False}, {"objective": "kl_teacher_student"}, {"search_bn": "batch"}, {"adversary": PARTICLES}]
+)
+def test_other_searches_stay_apart_from_one_with_a_path(searches, options):
+    box_of(DARWIN, block("IGDMLoss", **{**BESIDE, **options})).forward_process(*batch())
+    assert len(searches) == 3 and searches[2][1].path is None
+
+
 def test_adaad_and_tald_each_search_for_themselves(searches):
     blocks = block("AdaADLoss", **WIDE, student_bn="batch"), tald(1.0)
     alone = [box_of(term_block).forward_process(*batch()) for term_block in blocks]

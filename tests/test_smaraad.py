@@ -175,8 +175,8 @@ def check_value(searches, kind, count=6, student_bn="train", adversary=TWO_STEPS
     teacher, student = box.org_teacher_model, copy.deepcopy(box.org_student_model).train(student_bn != "eval")
     labels = teacher(x).argmax(1).tolist() if options.get("label_free") else y.tolist()
     seen = seen_on(examples.rows, [labels[i] for i in index], teacher, student, **options)
-    # without maps, the clean logits are those of the host's own pass
-    clean = seen_on(x, labels, teacher, before if options.get("alignment") == "none" else student, **options)
+    # on the clean images, what the host's own pass saw, in train mode
+    clean = seen_on(x, labels, teacher, before, **options)
     assert abs(value - formula(seen, clean, index, labels, **options)) < 1e-10
     return seen, labels
 

@@ -13,7 +13,8 @@ library; layer, class, normalisation and sizes are our reading.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -130,7 +131,7 @@ def class_activation_maps(network: nn.Module, layout: Layout, rows: Tensor, clas
     network = original(network)
     if layout.linear is not None:
         logits, features = _features(network, layout, rows)
-        return logits, _unit(_weighted_sum(_linear(network, layout.linear).weight[classes], features))
+        return logits, exact_maps(network, layout, features, classes)
 
     differentiable = torch.is_grad_enabled() and (
         rows.requires_grad or any(p.requires_grad for p in network.parameters())
@@ -155,7 +156,32 @@ def feature_maps(network: nn.Module, layout: Layout, rows: Tensor) -> tuple[Tens
         Logits (R, num_classes) and maps (R, h, w) of unit l2 norm.
     """
     logits, features = _features(original(network), layout, rows)
-    return logits, _unit(wide(features).square().mean(1))
+    return logits, squared_maps(layout, features)
+
+
+@contextmanager
+def recorded_features(network: nn.Module, layout: Layout) -> Iterator[list[Tensor]]:
+    """What the feature module of ``layout`` returns in the passes inside, (R, C, h, w) a call, with its graph.
+
+    For passes that somebody else makes: :func:`exact_maps` and :func:`squared_maps` turn one into maps. A network that
+    is compiled need not notice the hook.
+    """
+    seen: list[Tensor] = []
+    module = original(network).get_submodule(layout.feature)
+    with module.register_forward_hook(lambda module, args, output: seen.append(output)):
+        yield seen
+
+
+def exact_maps(network: nn.Module, layout: Layout, features: Tensor, classes: Tensor) -> Tensor:
+    """The maps (R, h, w) of :func:`class_activation_maps` from a recorded feature map, where they are exact."""
+    assert layout.linear is not None, "Grad-CAM needs a pass of its own"
+    weights = _linear(original(network), layout.linear).weight[classes]
+    return _unit(_weighted_sum(weights, _entering(layout, features)))
+
+
+def squared_maps(layout: Layout, features: Tensor) -> Tensor:
+    """The maps (R, h, w) of :func:`feature_maps` from a recorded feature map."""
+    return _unit(wide(_entering(layout, features)).square().mean(1))
 
 
 def map_distance(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
@@ -255,7 +281,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _features(network: nn.Module, layout: Layout, rows: Tensor, as_input: bool = False) -> tuple[Tensor, Tensor]:
-    """Logits and the feature map; ``as_input`` gives the map a gradient even where nothing before it has one."""
+    """Logits and what the feature module returned; ``as_input`` gives that a gradient even where it has none."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -268,7 +294,12 @@ def _features(network: nn.Module, layout: Layout, rows: Tensor, as_input: bool =
     with network.get_submodule(layout.feature).register_forward_hook(keep), uncompiled(network):
         logits = check_logits(network(rows), type(network).__name__, "maps need")
     (features,) = seen
-    return logits, features.relu() if layout.relu else features
+    return logits, features
+
+
+def _entering(layout: Layout, features: Tensor) -> Tensor:
+    """What enters the pooling, from what the feature module returned."""
+    return features.relu() if layout.relu else features
 
 
 def _weighted_sum(weights: Tensor, features: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from torchdistill_adv.losses.base import AdversarialTerm, Cost, Search
 from torchdistill_adv.noise import Noise, derive_seed
 from torchdistill_adv.statistics import Watch
 from torchdistill_adv.step import Step
+from torchdistill_adv.twins import Twins
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,16 @@ def _walk(criterion: nn.Module, path: str, weight: Any) -> Iterator[tuple[str, A
             yield from _walk(sub_criterion, f"{path}.kwargs.sub_terms.{name}.criterion", factor)
 
 
+def host_losses(criterion: nn.Module) -> Iterator[nn.Module]:
+    """The losses in ``criterion`` that only read what networks returned: torchdistill's and the user's own."""
+    terms = getattr(criterion, "term_dict", None)
+    if terms is not None:
+        for term, _ in terms.values():
+            yield from host_losses(term)
+    elif not any(isinstance(module, AdversarialTerm) for module in criterion.modules()):
+        yield criterion
+
+
 def _rank() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if ready else 0
@@ -92,13 +103,22 @@ class Binding:
         self.watch: Watch | None = None
         self.num_classes = 0
         self.reuses_teacher_logits: bool | None = None
+        self.twins = Twins()
         self._teacher_was_training: list[nn.Module] = []
         self.terms: list[AdversarialTerm] = []
         for path, term, _ in find_terms(box):
             term.resolve(f"{path}.kwargs")
             self.terms.append(term)
+        self._join_paths()
         self.read_weights(box)
         self.log(box)
+
+    def _join_paths(self) -> None:
+        """Let searches that differ only in whether they keep their path be one, which keeps it."""
+        searches = [search for term in self.terms for search in term.searches]
+        with_path = {search.without_path: search for search in searches if search.without_path is not search}
+        for term in self.terms:
+            term.searches = tuple(with_path.get(search, search) for search in term.searches)
 
     def read_weights(self, box: Box) -> None:
         """Which terms count at present: a schedule may change a weight between epochs."""
@@ -115,6 +135,10 @@ class Binding:
     def evaluated(self) -> list[AdversarialTerm]:
         """The terms whose weight is not 0."""
         return [term for term in self.terms if term.evaluated]
+
+    def is_due(self, term: AdversarialTerm) -> bool:
+        """Whether ``term`` is evaluated in this step: its steps begin elsewhere in each epoch, alike on all ranks."""
+        return (self.step_number + derive_seed(self.epoch, term.path)) % term.every == 0
 
     @property
     def teacher_mode(self) -> str:
@@ -135,6 +159,12 @@ class Binding:
         return names
 
     def _check_needs(self) -> None:
+        sparse = [term for term in self.evaluated if term.every > 1]
+        if sparse and sparse == self.evaluated and not any(host_losses(self.criterion)):
+            raise ConfigError(
+                f"found {sparse[0].every}, but no other loss trains in the steps between; write 1, or add one",
+                f"{sparse[0].path}.every",
+            )
         for term in self.evaluated:
             with inside(term.path):
                 term.check_teacher(self.teacher is not None)
@@ -173,12 +203,16 @@ class Binding:
             logger.info("adversarial cost of a step, in passes of a batch of %d: %s", images, cost)
 
     def cost(self, images: int) -> Cost:
-        """Passes of both networks beyond the host's own, for a batch of ``images``; equal ones count once."""
+        """Passes of both networks beyond the host's own, in the mean over the steps, for a batch of ``images``.
+
+        Equal ones count once.
+        """
         views = self.student.num_views
         passes: dict[object, Cost] = {}
-        for term in self.evaluated:
-            passes |= {search: search.cost(images, views) for search in term.searches}
-            passes |= term.outer_cost(images, views)
+        # what terms share is made as often as the most frequent of them needs it
+        for term in sorted(self.evaluated, key=lambda term: -term.every):
+            own = {search: search.cost(images, views) for search in term.searches} | term.outer_cost(images, views)
+            passes |= {key: cost.times(1 / term.every) for key, cost in own.items()}
         total = functools.reduce(Cost.plus, passes.values(), Cost())
         return total._replace(teacher_forward=0, teacher_backward=0) if self.teacher is None else total
 
@@ -220,14 +254,18 @@ class Binding:
         if self.evaluated:
             self.step = Step(self, sample_batch, targets, supp_dict, kwargs)
         try:
+            if self.step is not None:
+                self.step.listen()
             return type(box).forward_process(box, sample_batch, targets, supp_dict, **kwargs)
         finally:
+            if self.step is not None:
+                self.step.host_hooks.close()
             self.step = None
             self.step_number += 1
 
     def evaluate(self, term: AdversarialTerm, student: IODict, teacher: IODict, targets: Any) -> Tensor:
         """The value of ``term`` in the current step."""
-        if not term.evaluated:
+        if not term.evaluated or not self.is_due(term):
             return torch.zeros((), device=self.device)
         if self.step is None:
             raise RuntimeError(f"{term.path}: an adversarial term can be evaluated only inside box.forward_process")
@@ -235,7 +273,7 @@ class Binding:
         step.student_io_dict, step.teacher_io_dict = student, teacher
         step.search_all()
         with self.no_trace(term.path), inside(term.path):
-            value = term.loss(step, student, teacher, targets)
+            value = term.every * term.loss(step, student, teacher, targets)
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(f"{term.path}: the loss is {value.tolist()} at {self.when()}; {step.statistics(term)}")
         return value

@@ -24,6 +24,7 @@ from torchdistill_adv.completion import INSTALL, SHELLS, completion_script
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.runner import run
 from torchdistill_adv.runner.config import parse_overrides
+from torchdistill_adv.runner.memory import keep_freed_memory
 from torchdistill_adv.runner.processes import ends_all_together
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    keep_freed_memory()
     run(
         args.config,
         test_only=args.test_only,
@@ -197,6 +199,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    keep_freed_memory()
     from torchdistill_adv.evaluation import evaluate
     from torchdistill_adv.evaluation.blocks import weights_digest
 

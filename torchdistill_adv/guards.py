@@ -116,6 +116,11 @@ def original(network: nn.Module) -> nn.Module:
     return wrapped
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of ``module``, or of a part of it, are compiled."""
+    return any(m._compiled_call_impl is not None or original(m) is not m for m in module.modules())
+
+
 @contextmanager
 def uncompiled(*modules: nn.Module) -> Iterator[None]:
     """Calls inside are not compiled: hooks that come and go are seen, and derivatives can be differentiated."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial, wraps
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from torchdistill_adv.divergences import cross_entropy, kl_divergence, margin, m
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.noise import Noise
 from torchdistill_adv.registry import Registry, check_options, split_spec
+from torchdistill_adv.twins import Twin
 
 Network = Callable[[Tensor], Tensor]
 MapsOf = Callable[[nn.Module, Layout, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -43,6 +44,7 @@ class View:
         teacher: rows to logits, or None where there is no teacher.
         noise: random numbers of this search.
         known_teacher_logits: the teacher's logits on ``images``, (N, C), where they are at hand already.
+        last_logits: where :meth:`keep` puts them.
     """
 
     images: Tensor
@@ -51,6 +53,7 @@ class View:
     teacher: Network | None
     noise: Noise
     known_teacher_logits: Tensor | None = None
+    last_logits: dict[Who, Tensor] = field(default_factory=dict)
 
     def network(self, who: Who) -> Network:
         network = self.student if who == "student" else self.teacher
@@ -58,10 +61,31 @@ class View:
         return network
 
     def module(self, who: Who) -> nn.Module:
-        """The network itself, for objectives that look inside."""
-        network = self.network(who)
+        """The network itself, for objectives that look inside, and :meth:`keep` its logits."""
+        network = inspect.unwrap(self.network(who))
         assert isinstance(network, nn.Module)
         return network
+
+    def layout(self, who: Who, path: str | None) -> Layout:
+        """Where the maps of a network are, found in full precision; ``path`` names the module, if the YAML does."""
+        network: Any = inspect.unwrap(self.network(who), stop=lambda found: isinstance(found, Twin))
+        return layout_of(network.network if isinstance(network, Twin) else network, self.images, path, f"{who}_module")
+
+    def keep(self, who: Who, logits: Tensor) -> Tensor:
+        """``logits`` (R, C) themselves; those of the last call are kept, for a search that asks for predictions."""
+        self.last_logits[who] = logits.detach()
+        return logits
+
+    def keeping(self, networks: tuple[Who, ...]) -> View:
+        """The same view, but that the logits of every call of ``networks`` are kept."""
+
+        def kept(who: Who) -> Network:
+            network = self.network(who)
+            # module finds what is wrapped
+            return wraps(network, assigned=(), updated=())(lambda rows: self.keep(who, network(rows)))
+
+        changes: dict[str, Any] = {who: kept(who) for who in networks}
+        return replace(self, **changes)
 
     @cached_property
     def student_clean(self) -> Tensor:
@@ -82,6 +106,41 @@ class View:
 
 
 @dataclass(frozen=True)
+class WatchedObjective:
+    """An objective that also tells which classes the attacked networks predicted in its last call.
+
+    Args:
+        function: the objective.
+        view: that of the objective, which keeps the logits of the attacked networks.
+        attacks: which these are.
+    """
+
+    function: BoundObjective
+    view: View
+    attacks: tuple[Who, ...]
+
+    def __call__(self, rows: Tensor, index: Tensor) -> Tensor:
+        self.view.last_logits.clear()
+        return self.function(rows, index)
+
+    def predictions(self) -> Tensor:
+        """The class that each of the A attacked networks gave each row of the last call, (R, A).
+
+        Raises:
+            ConfigError: the objective looks inside a network, and does not :meth:`~View.keep` its logits.
+        """
+        logits = self.view.last_logits
+        for who in self.attacks:
+            if who not in logits:
+                raise ConfigError(
+                    f"does not tell what the {who} predicts, which the search needs; write early_stop: 'stalled' or "
+                    "'never'",
+                    "objective",
+                )
+        return torch.stack([logits[who].argmax(1) for who in self.attacks], 1)
+
+
+@dataclass(frozen=True)
 class Entry:
     """A registered objective and what it asks of the networks."""
 
@@ -90,6 +149,7 @@ class Entry:
     clean: tuple[Who, ...]
     labels: bool
     has_boundary: bool
+    compares_itself: bool
     options: Mapping[str, Callable[[Any], Any]]
 
 
@@ -102,6 +162,7 @@ def register_objective(
     clean: tuple[Who, ...] = (),
     labels: bool = False,
     has_boundary: bool = False,
+    compares_itself: bool = False,
     options: Mapping[str, Callable[[Any], Any]] = MappingProxyType({}),
     key: str | None = None,
 ) -> Callable[[Callable[..., BoundObjective]], Callable[..., BoundObjective]]:
@@ -112,6 +173,8 @@ def register_objective(
         clean: networks whose clean logits are needed.
         labels: whether class labels are needed.
         has_boundary: whether it is negative until a decision boundary is crossed, and has no gradient beyond.
+        compares_itself: whether it compares a network's predictions near an image with those on it, so that half
+            precision would round away what its gradient depends on.
         options: for YAML options that need it, a check that returns the value, or raises a ConfigError.
         key: YAML key, the function's name unless given.
 
@@ -120,7 +183,8 @@ def register_objective(
     """
 
     def register(function: Callable[..., BoundObjective]) -> Callable[..., BoundObjective]:
-        OBJECTIVES.add(key or function.__name__, Entry(function, attacks, clean, labels, has_boundary, options))
+        entry = Entry(function, attacks, clean, labels, has_boundary, compares_itself, options)
+        OBJECTIVES.add(key or function.__name__, entry)
         return function
 
     return register
@@ -177,8 +241,10 @@ class Objective:
         """Whether it is small where a chosen class is predicted, so that the search must descend."""
         return dict(self.options).get("target_class") is not None
 
-    def bind(self, view: View) -> BoundObjective:
-        return self.entry.function(view, **dict(self.options))
+    def bind(self, view: View) -> WatchedObjective:
+        attacks = self.entry.attacks
+        view = view.keeping(attacks)
+        return WatchedObjective(self.entry.function(view, **dict(self.options)), view, attacks)
 
 
 def target_class(value: Any) -> str | int | None:
@@ -260,7 +326,7 @@ def kl_clean_teacher_student(view: View) -> BoundObjective:
     return lambda rows, index: kl_divergence(reference[index], view.student(rows))
 
 
-@register_objective(attacks=("student",), clean=("student",))
+@register_objective(attacks=("student",), clean=("student",), compares_itself=True)
 def kl_clean_student_student(view: View) -> BoundObjective:
     """KL(S(x) || S(x')): the student is driven from its own clean prediction (TRADES)."""
     reference = view.student_clean
@@ -310,7 +376,7 @@ def gap_teacher(view: View, toward: str = "sampled") -> BoundObjective:
     return boundary_gap(view.network("teacher"), base, target)
 
 
-@register_objective(attacks=("teacher",), clean=("teacher",))
+@register_objective(attacks=("teacher",), clean=("teacher",), compares_itself=True)
 def kl_teacher_clean_teacher(view: View) -> BoundObjective:
     """KL(T(x') || T(x)): the teacher's prediction changes most (TALD, Eq. 1)."""
     reference, teacher = view.teacher_clean, view.network("teacher")
@@ -319,10 +385,11 @@ def kl_teacher_clean_teacher(view: View) -> BoundObjective:
 
 def _aligned(view: View, maps: MapsOf, weight: float, modules: Mapping[Who, str | None]) -> BoundObjective:
     """KL(T(x') || S(x')) + weight * distance of the maps that ``maps`` gives."""
-    layouts = {who: layout_of(view.module(who), view.images, path, f"{who}_module") for who, path in modules.items()}
+    layouts = {who: view.layout(who, path) for who, path in modules.items()}
 
     def objective(rows: Tensor, index: Tensor) -> Tensor:
         logits, found = zip(*(maps(view.module(who), layouts[who], rows, index) for who in layouts), strict=True)
+        logits = tuple(view.keep(who, of) for who, of in zip(layouts, logits, strict=True))
         return kl_divergence(*logits) + weight * map_distance(found[1], found[0])
 
     return objective
@@ -365,7 +432,7 @@ def kl_features_teacher_student(
     )
 
 
-@register_objective(attacks=("teacher",), clean=("teacher",))
+@register_objective(attacks=("teacher",), clean=("teacher",), compares_itself=True)
 def mse_teacher_clean_teacher(view: View) -> BoundObjective:
     """MSE(softmax T(x'), softmax T(x)): what TALD's published code maximises in place of the KL."""
     reference, teacher = view.teacher_clean, view.network("teacher")

@@ -12,12 +12,13 @@ from torchdistill.common.constant import SELF_MODULE_PATH
 from torchdistill.core.interfaces import forward_proc
 
 from torchdistill_adv.adversaries import Examples
+from torchdistill_adv.attribution import Layout, recorded_features
 from torchdistill_adv.boxes import IODict, Side
 from torchdistill_adv.checks import check_logits
 from torchdistill_adv.errors import ConfigError, NonFiniteError, inside
-from torchdistill_adv.guards import eval_mode, on_cloned_buffers
+from torchdistill_adv.guards import eval_mode, is_compiled, on_cloned_buffers
 from torchdistill_adv.inputs import check_batch, check_labels, check_networks
-from torchdistill_adv.objectives import View
+from torchdistill_adv.objectives import Network, View, Who
 from torchdistill_adv.sources import Chosen, Source
 from torchdistill_adv.statistics import search_statistics
 
@@ -33,6 +34,7 @@ class Step:
         all_images: every image of the batch, (V N, C, H, W) for V views of N images; V is 1 but for SSKD.
         images: the labelled images, (N, C, H, W).
         labels: their classes, (N,).
+        host_hooks: what is hooked in the host's own passes, until the first search begins.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class Step:
         self._found: dict[Search, Examples] = {}
         self._logits: dict[object, Tensor] = {}
         self._teacher_clean: Tensor | None = None
+        self.host_hooks = ExitStack()
+        self._recorded: dict[tuple[Who, Layout], list[Tensor]] = {}
         self._records: dict[AdversarialTerm, dict[str, Tensor]] = {}
         views = max(side.num_views for side in (binding.student, binding.teacher) if side is not None)
         multi_view = views > 1 and sample_batch.dim() == 5
@@ -82,6 +86,11 @@ class Step:
         return (self.epoch + 1) / max(len(self.binding.epochs), self.epoch + 1)
 
     # networks
+
+    def side(self, who: Who) -> Side:
+        side = self.binding.student if who == "student" else self.binding.teacher
+        assert side is not None, "binding refuses terms that need a teacher where there is none"
+        return side
 
     def student(self, rows: Tensor, student_bn: str) -> Tensor:
         """The student's logits on ``rows``, with a graph to its parameters."""
@@ -134,9 +143,8 @@ class Step:
         Raises:
             ConfigError: the box calls the student in a way of the user's own, or gets no logits.
         """
-        logits = self._host_logits(self.student_io_dict)
-        # a forward process of a user's own may return anything of the same shape, such as probabilities
-        if logits is None or self.binding.student.forward_proc.__module__ != forward_proc.__name__:
+        logits = self._student_host_logits()
+        if logits is None:
             raise ConfigError(
                 "needs the student's logits on the clean images, which the forward process of this box does not give; "
                 "write forward_proc: 'forward_batch_only' (or, in TALDLoss, forward: 'joint')"
@@ -149,20 +157,51 @@ class Step:
         Taken from the host's own pass where the teacher is in eval mode and they are fresh logits, which is checked
         once against a pass of our own; else computed.
         """
-        binding = self.binding
         if self._teacher_clean is None:
-            logits = self._host_logits(self.teacher_io_dict)
-            cached = isinstance(self.supp_dict, Mapping) and "cached_data" in self.supp_dict
-            assert binding.teacher is not None
-            if logits is not None and not cached and not binding.teacher.in_train_mode:
-                if binding.reuses_teacher_logits is None:
-                    own = self.teacher(self.images[:1])
-                    binding.reuses_teacher_logits = torch.allclose(own, logits[:1].to(own.dtype), rtol=1e-2, atol=1e-2)
-                if binding.reuses_teacher_logits:
-                    self._teacher_clean = logits.detach()
-            if self._teacher_clean is None:
-                self._teacher_clean = self.teacher(self.images)
+            logits = self._teacher_host_logits()
+            self._teacher_clean = self.teacher(self.images) if logits is None else logits.detach()
         return self._teacher_clean
+
+    def listen(self) -> None:
+        """Let the terms of this step hook the host's own passes, which come next."""
+        for term in filter(self.binding.is_due, self.binding.evaluated):
+            with inside(term.path):
+                term.before_host(self)
+
+    def record_features(self, who: Who, layout: Layout) -> None:
+        """Keep the feature map of ``layout`` from the host's own pass, for :meth:`host_features`."""
+        side = self.side(who)
+        if (who, layout) not in self._recorded and not is_compiled(side.outermost):
+            self._recorded[who, layout] = self.host_hooks.enter_context(recorded_features(side.network, layout))
+
+    def host_features(self, who: Who, layout: Layout) -> Tensor | None:
+        """What the feature module of ``layout`` returned for :attr:`images` in the host's own pass, with its graph.
+
+        None where clean logits are not from that pass, where the network is compiled, and where the module was not
+        called exactly once, such as on several devices or in both networks.
+        """
+        logits = self._student_host_logits() if who == "student" else self._teacher_host_logits()
+        recorded = self._recorded.get((who, layout), [])
+        if logits is None or [len(features) for features in recorded] != [len(self.all_images)]:
+            return None
+        return recorded[0][:: self.num_views]
+
+    def _student_host_logits(self) -> Tensor | None:
+        # a forward process of a user's own may return anything of the same shape, such as probabilities
+        if self.binding.student.forward_proc.__module__ != forward_proc.__name__:
+            return None
+        return self._host_logits(self.student_io_dict)
+
+    def _teacher_host_logits(self) -> Tensor | None:
+        binding, teacher = self.binding, self.side("teacher")
+        logits = self._host_logits(self.teacher_io_dict)
+        cached = isinstance(self.supp_dict, Mapping) and "cached_data" in self.supp_dict
+        if logits is None or cached or teacher.in_train_mode:
+            return None
+        if binding.reuses_teacher_logits is None:
+            own = self.teacher(self.images[:1])
+            binding.reuses_teacher_logits = torch.allclose(own, logits[:1].to(own.dtype), rtol=1e-2, atol=1e-2)
+        return logits if binding.reuses_teacher_logits else None
 
     def _host_logits(self, io_dict: IODict) -> Tensor | None:
         logits = io_dict.get(SELF_MODULE_PATH, {}).get("output")
@@ -183,8 +222,9 @@ class Step:
 
     def search_all(self) -> None:
         """Run every search of the step, before the first outer pass can move what another one reads."""
+        self.host_hooks.close()
         watch = self.binding.watch
-        for term in self.binding.evaluated:
+        for term in filter(self.binding.is_due, self.binding.evaluated):
             for search in term.searches:
                 if search not in self._found:
                     with inside(term.path), nullcontext() if watch is None else watch.timing("search"):
@@ -204,17 +244,11 @@ class Step:
             networks = [] if search.student_bn == "train" else [student]
             networks += [] if binding.teacher is None else [binding.teacher.network]
             modes.enter_context(on_cloned_buffers(*networks, read_only_in_eval=True))
-            view = View(
-                images,
-                labels,
-                student,
-                None if binding.teacher is None else binding.teacher.network,
-                binding.noise_for(search, images),
-                known,
-            )
+            passed = self._networks(search, images, modes)
+            view = View(images, labels, *passed, binding.noise_for(search, images), known)
             with inside("objective.kwargs" if "objective" in term.options else ""):
                 objective = search.objective.bind(view)
-            examples = search.adversary(objective, images, search.threat, view.noise)
+            examples = search.adversary_at(self.progress)(objective, images, search.threat, view.noise)
             if binding.watch is not None:
                 attacked = {who: view.network(who) for who in search.objective.entry.attacks}
                 # in train mode the student's passes move its running statistics
@@ -228,6 +262,23 @@ class Step:
                 f"{summary({'examples': examples.rows, 'clean images': images})}"
             )
         return Examples(examples.rows.detach(), examples.index, examples.path)
+
+    def _networks(self, search: Search, images: Tensor, stack: ExitStack) -> tuple[Network, Network | None]:
+        """Student and teacher as ``search`` passes them: their twins where it can, in its precision."""
+        binding = self.binding
+        found: dict[str, Any] = {"student": binding.student.network}
+        found["teacher"] = None if binding.teacher is None else binding.teacher.network
+        how = search.passes.pick(images.device, search.objective.entry.compares_itself)
+        attacked = {who: network for who, network in found.items() if who in search.objective.entry.attacks}
+        kept = frozenset(v for name, v in search.objective.options if name.endswith("_module") and v)
+        twins = {
+            who: binding.twins.of(network, who, how, images, kept) if how.changes(network) else network
+            for who, network in attacked.items()
+        }
+        if None not in twins.values() or search.passes.precision != "auto":
+            stack.enter_context(how.autocast(images.device))
+            found |= {who: twin for who, twin in twins.items() if twin is not None}
+        return found["student"], found["teacher"]
 
     # what a wrapped loss reads
 

@@ -7,6 +7,7 @@ An adversary is a frozen dataclass, so equal settings are equal objects, with
 * ``num_rows``: examples an image, and ``num_gradients``: gradients of the objective that it takes, for the cost line;
 * ``needs_boundary``, optional: whether only objectives will do that are negative before a boundary, and flat beyond;
 * ``needs_radius``, optional: whether the radius of the ball must be finite, which is so where it is left out;
+* ``at(progress)``, optional: the search of an epoch, for schedules; ``progress`` is the share of epochs that are over;
 * ``targeted``: whether it descends the objective, toward a chosen class, instead of ascending it.
 
 It knows no model, no label and no torchdistill.

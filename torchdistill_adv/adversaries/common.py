@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,15 @@ from torchdistill_adv.noise import Noise
 from torchdistill_adv.threat import ThreatModel
 
 RowObjective = Callable[[Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class PredictingObjective(Protocol):
+    """An objective that also tells what the networks predict."""
+
+    def __call__(self, rows: Tensor, index: Tensor) -> Tensor: ...
+    def predictions(self) -> Tensor:
+        """The class that each of the A attacked networks gave each row of the last call, (R, A)."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ An attack is a frozen dataclass, so equal settings are equal objects, with
 * ``norms``: the norms that it can attack in;
 * ``minimal_norm``: whether it looks for the nearest example, however far, rather than for one in the ball.
 
+Passes of ``model`` on images that require a gradient may be made by a copy of the network that is equal up to rounding;
+what has to be decided by the network itself is asked without a gradient. With ``minimal_norm`` all are its own.
+
 The outcome of an image should not depend on the others that are attacked with it; where it does, its docstring says so.
 It may return any rows: the evaluation checks itself which are in the ball and are classified wrongly.
 """

@@ -27,7 +27,7 @@ from torchdistill_adv.evaluation.attacks import Attack, describe, parse_attacks
 from torchdistill_adv.evaluation.blocks import Block, as_dataset, blocks, fingerprint, subset, versions
 from torchdistill_adv.evaluation.flags import network_flags, result_flags
 from torchdistill_adv.evaluation.journal import Journal, Record
-from torchdistill_adv.evaluation.passes import Batches, Counted
+from torchdistill_adv.evaluation.passes import Batches, Counted, twin_for_attacks
 from torchdistill_adv.evaluation.pixels import ROUNDING, PixelModel, pixel_threat
 from torchdistill_adv.evaluation.results import AttackResult, Evaluation, Flag
 from torchdistill_adv.guards import eval_mode, own_random_stream
@@ -67,7 +67,9 @@ def evaluate(
 
     Only images that are classified rightly are attacked. Attacks work on pixels of [0, 1]; ``mean`` and ``std`` are put
     in front of the network. Whatever an attack returns counts only if it lies in the ball (up to rounding) and is
-    classified wrongly when the network is asked again. The network is in eval mode, and comes out as it went in.
+    classified wrongly when the network is asked again. The network is in eval mode, and comes out as it went in. The
+    gradients of attacks are those of a faster copy of it, in float32, where there is a faithful one
+    (:func:`~torchdistill_adv.evaluation.passes.twin_for_attacks`).
 
     Every image has random numbers of its own, so that the outcomes of FGSM, PGD and CW do not depend on the batch size
     (up to the rounding of other batch sizes); those of AutoAttack do. A batch that does not fit in memory is halved.
@@ -122,7 +124,7 @@ def evaluate(
     jobs: list[Job] = [(None, None), *((attack, threat) for threat in threats for attack in todo)]
     records: list[list[Record]] = [[] for _ in jobs]
     flags = [TRAIN_MODE] if any(module.training for module in model.modules()) else []
-    num_classes = 0
+    num_classes, twin = 0, None
     with eval_mode(on_pixels), _progress(len(indices) * len(jobs)) as bar:
         identity = fingerprint(on_pixels, seed, batches.size)
         for block in blocks(loader, indices, on_pixels, device):
@@ -132,12 +134,15 @@ def evaluate(
             if not records[0]:
                 with own_random_stream(derive_seed(seed), device):
                     flags += batches.run(partial(_network_flags, counted, block), len(block.ids))[0]
+                    twin = twin_for_attacks(on_pixels, block.pixels) if todo else None
             digest = block.digest()
             for (attack, threat), done in zip(jobs, records, strict=True):
                 key = f"{_settings(attack, threat)} {identity} {digest}"
                 record = kept.get(key)
                 if record is None:
                     clean = records[0][-1]["outcomes"] if done is not records[0] else ""
+                    # the nearest example is on the boundary, where rounding decides: the network itself looks for it
+                    counted.twin = None if attack is None or attack.minimal_norm else twin
                     # a network may draw numbers of its own: the same when an evaluation goes on
                     with own_random_stream(derive_seed(seed, key), device):
                         record = kept.add(key, _measure(counted, block, attack, threat, seed, batches, clean))
@@ -201,6 +206,12 @@ def _attack(
     noise = ImageNoise(derive_seed(seed), [block.ids[place] for place in places], images)
     attacked = attack(model, images, labels, threat, noise)
     rows = attacked.rows.detach()
+    if model.twin is not None and not model.twin.agrees_on(rows):
+        # a branch of the network that the twin was not made on
+        logger.warning("attacks differentiate the network as it is: its copy returns other logits on their examples")
+        model.twin = None
+        attacked = attack(model, images, labels, threat, noise)
+        rows = attacked.rows.detach()
     fooled = ~_is_right(model, rows, labels)
     distance = threat.distance(rows, images)
     # a ball has rounding at its surface; pixels that were outside [0, 1] are the flags' to tell

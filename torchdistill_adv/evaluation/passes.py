@@ -1,4 +1,4 @@
-"""Passes through a network: counted, and in batches that fit into memory."""
+"""Passes through a network: counted, gradients by a faster twin, and in batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torchdistill_adv.checks import check_logits
+from torchdistill_adv.guards import is_compiled
+from torchdistill_adv.twins import NoTwinError, Picked, Twin
 
 logger = logging.getLogger(__name__)
 
@@ -17,11 +19,18 @@ T = TypeVar("T")
 
 
 class Counted(nn.Module):
-    """A network that counts its passes, in images, and refuses to return anything but logits."""
+    """A network that counts its passes, in images, and refuses to return anything but logits.
+
+    Passes that are differentiated go through ``twin`` where one is set: a gradient is a direction to search in, and
+    may come from whatever computes the same function. All others go through the network itself, whose word on an
+    example is the outcome. While an attack has changed the network, its hooks or modes,
+    it is the network that is differentiated too.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.twin: Twin | None = None
         self.forward_evaluations = self.gradient_evaluations = 0
 
     def forward(self, images: Tensor) -> Tensor:
@@ -31,7 +40,8 @@ class Counted(nn.Module):
             images = images.view_as(images)
             # a library may go backward several times from one pass
             images.register_hook(self._count)
-        logits = check_logits(self.model(images), "model", "an evaluation needs")
+        network = self.twin if followed and self.twin is not None and self.twin.is_current else self.model
+        logits = check_logits(network(images), "model", "an evaluation needs")
         # a network that detaches its input has the gradient zero, which the flags tell, rather than none
         return logits + 0 * images.flatten(1)[:, :1].to(logits) if followed else logits
 
@@ -43,6 +53,30 @@ class Counted(nn.Module):
         counts = {"forward_evaluations": self.forward_evaluations, "gradient_evaluations": self.gradient_evaluations}
         self.forward_evaluations = self.gradient_evaluations = 0
         return counts
+
+
+def twin_for_attacks(model: nn.Module, images: Tensor) -> Twin | None:
+    """What differentiates ``model`` (in eval mode, pixels to logits) faster; None where nothing does it faithfully.
+
+    Batch normalisation is folded, convolutions on the CPU have their channels last, weights have no gradients. In
+    float32 always: a robust accuracy is compared with other papers', whose attacks follow float32 gradients, and one in
+    half precision has zeros and rounded signs that would leave more images right. Networks in another precision,
+    compiled ones and those in ``DistributedDataParallel`` are attacked as they are.
+
+    Args:
+        model: an image comes out the same in any batch.
+        images: some that it may see, (N, C, ...).
+    """
+    how = Picked(torch.float32, channels_last=images.device.type == "cpu", fold=True, compile=False)
+    try:
+        if is_compiled(model):
+            raise NoTwinError("it is compiled")
+        twin = Twin(model, how, images)
+    except NoTwinError as reason:
+        logger.info("attacks differentiate the network as it is: %s", reason)
+        return None
+    logger.info("attacks differentiate a copy of the network: %s", twin.describe())
+    return twin
 
 
 class Batches:

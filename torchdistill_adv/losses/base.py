@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from torchdistill_adv.adversaries.common import Adversary
 from torchdistill_adv.boxes import IODict
-from torchdistill_adv.checks import choice, flag
+from torchdistill_adv.checks import choice, flag, integer
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.objectives import Objective
 from torchdistill_adv.registry import build_adversary, check_options
 from torchdistill_adv.sources import Images, Source
 from torchdistill_adv.threat import ThreatModel
+from torchdistill_adv.twins import SearchPasses
 
 if TYPE_CHECKING:
     from torchdistill_adv.binding import Binding
@@ -42,6 +43,8 @@ COMMON: Mapping[str, Any] = {
     "search_bn": "eval",
     "teacher_mode": "eval",
     "share": True,
+    "search": SearchPasses(),
+    "every": 1,
 }
 
 UNBOUND = (
@@ -63,6 +66,9 @@ class Cost(NamedTuple):
     def plus(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def times(self, factor: float) -> Cost:
+        return Cost(*(factor * value for value in self))
+
     def describe(self, images: float) -> str:
         """In units of ``images``, so passes of a whole batch read as 1."""
         t, tb, s, sb = (f"{value / images:.3g}" for value in self)
@@ -80,6 +86,7 @@ class Search:
         source: from which images.
         student_bn: the student's normalisation during the search, as ``search_bn`` of a term.
         owner: path of the term that keeps its search to itself, or empty.
+        passes: in what arithmetic and layout.
     """
 
     adversary: Adversary
@@ -88,6 +95,7 @@ class Search:
     source: Source = dataclasses.field(default_factory=Images)
     student_bn: str = "eval"
     owner: str = ""
+    passes: SearchPasses = dataclasses.field(default_factory=SearchPasses)
 
     @property
     def needs_labels(self) -> bool:
@@ -105,13 +113,31 @@ class Search:
 
     @property
     def identity(self) -> str:
-        """What the random numbers depend on: the settings, but for how many rows are computed at once."""
+        """What the random numbers depend on: the settings, but for what computes the same, or less of it."""
         adversary: Any = self.adversary
         if not dataclasses.is_dataclass(adversary):
             adversary = type(adversary).__qualname__
-        elif self.chunk_size is not None:
-            adversary = dataclasses.replace(adversary, chunk_size=None)  # type: ignore[type-var]
+        else:
+            spared = {"chunk_size": None, "return_path": False, "early_stop": "never", "first_num_steps": None}
+            fields = {field.name for field in dataclasses.fields(adversary)}
+            adversary = dataclasses.replace(
+                adversary,  # type: ignore[type-var]
+                **{name: value for name, value in spared.items() if name in fields},
+            )
         return repr((adversary, self.threat, self.objective, self.source, self.student_bn, self.owner))
+
+    @property
+    def without_path(self) -> Search:
+        """The same search, which keeps its result only."""
+        adversary: Any = self.adversary
+        if not getattr(adversary, "return_path", False):
+            return self
+        return dataclasses.replace(self, adversary=dataclasses.replace(adversary, return_path=False))
+
+    def adversary_at(self, progress: float) -> Adversary:
+        """The adversary when this share of the stage's epochs is over: its schedule, if it has one."""
+        at: Callable[[float], Adversary] | None = getattr(self.adversary, "at", None)
+        return self.adversary if at is None else at(progress)
 
     def num_rows(self, images: int, num_views: int = 1) -> int:
         """Examples for a batch of ``images``."""
@@ -146,6 +172,9 @@ class AdversarialTerm(nn.Module):
         search_bn: the same during the search: ``eval``, or ``batch`` or ``train`` for a student in train mode.
         teacher_mode: ``eval`` puts the teacher's network in eval mode; ``keep`` leaves it as torchdistill has it.
         share: whether an equal search of another term is shared.
+        search: how the passes of the search are computed, :class:`~torchdistill_adv.twins.SearchPasses`.
+        every: m: the term is evaluated in every m-th step only, with m times its value, so that its mean over the steps
+            stays.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -161,6 +190,8 @@ class AdversarialTerm(nn.Module):
     search_bn: str
     teacher_mode: str = "eval"
     share: bool
+    search_passes: SearchPasses
+    every: int
     searches: tuple[Search, ...]
 
     def __init__(self, **options: Any) -> None:
@@ -200,6 +231,9 @@ class AdversarialTerm(nn.Module):
         """The searches of this term."""
         return (self.make_search(),)
 
+    def before_host(self, step: Step) -> None:
+        """Called before the host's own passes of a step, which the term may hook through ``step``."""
+
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         """The term's value, a scalar with a graph to the student."""
         raise NotImplementedError
@@ -220,7 +254,12 @@ class AdversarialTerm(nn.Module):
         """
         self.path = path
         own = {name: value for name, value in self.options.items() if name not in COMMON}
-        common = {name: self.options.get(name, self.defaults.get(name, default)) for name, default in COMMON.items()}
+        defaults = {name: self.defaults.get(name, default) for name, default in COMMON.items()}
+        # an empty block of these two means what none means
+        left_out = {name for name in ("search", "every") if self.options.get(name) is None}
+        common = defaults | {
+            name: self.options[name] for name in COMMON if name in self.options and name not in left_out
+        }
         with inside(path):
             check_options(self.configure, own, type(self).__name__, also=list(COMMON))
             for name, value in common.items():
@@ -236,6 +275,9 @@ class AdversarialTerm(nn.Module):
             self.search_bn = choice(common["search_bn"], "search_bn", STUDENT_BN)
             self.teacher_mode = choice(common["teacher_mode"], "teacher_mode", ("eval", "keep"))
             self.share = flag(common["share"], "share")
+            self.every = integer(common["every"], "every", minimum=1)
+            with inside("search"):
+                self.search_passes = SearchPasses.build(common["search"])
             self.configure(**own)
             self.searches = self.plan()
 
@@ -299,21 +341,27 @@ class AdversarialTerm(nn.Module):
                 "objective",
             )
         self.check_radius(adversary)
+        owner = "" if self.share else self.path
         search = Search(
-            adversary, self.threat, objective, source or Images(), self.search_bn, "" if self.share else self.path
+            adversary, self.threat, objective, source or Images(), self.search_bn, owner, self.search_passes
         )
-        if search.chunk_size is not None and self.teacher_mode == "keep":
+        if self.search_passes.compile is True and getattr(adversary, "early_stop", "never") != "never":
             raise ConfigError(
-                "splits batches that a teacher in train mode normalises as a whole; write teacher_mode: 'eval', or "
-                "leave it out",
-                "adversary.kwargs.chunk_size",
+                "found true, with an early_stop: a graph would be compiled for every number of images that are left; "
+                "drop one",
+                "search.compile",
             )
-        if search.chunk_size is not None and self.search_bn != "eval":
-            raise ConfigError(
-                "splits batches that a student in train mode normalises as a whole; write search_bn: 'eval', or leave "
-                "it out",
-                "adversary.kwargs.chunk_size",
-            )
+        # what splits a batch, and what lets images leave it
+        for option, default in (("chunk_size", None), ("early_stop", "never")):
+            splits = getattr(adversary, option, default) != default
+            as_a_whole = {"teacher": self.teacher_mode == "keep", "student": self.search_bn != "eval"}
+            for who, setting in (("teacher", "teacher_mode"), ("student", "search_bn")):
+                if splits and as_a_whole[who]:
+                    raise ConfigError(
+                        f"splits batches that a {who} in train mode normalises as a whole; write {setting}: 'eval', or "
+                        "leave it out",
+                        f"adversary.kwargs.{option}",
+                    )
         return search
 
     def forward(

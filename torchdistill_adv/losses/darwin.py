@@ -113,9 +113,11 @@ def accumulated(parts: Iterable[Callable[[], Tensor]], network: nn.Module) -> Te
     scale = gradient_scale(parameters[0].device.type)
     for part in parts:
         value = part()
-        scaled = torch.autograd.grad(value * scale, parameters, allow_unused=True)
-        new = [None if gradient is None else gradient / scale for gradient in scaled]
-        gradients = [b if a is None else a if b is None else a + b for a, b in zip(gradients, new, strict=True)]
+        found = torch.autograd.grad(value * scale, parameters, allow_unused=True)
+        for k, (total, scaled) in enumerate(zip(gradients, found, strict=True)):
+            if scaled is not None:
+                # the division copies, so that the sum has memory of its own
+                gradients[k] = scaled / scale if total is None else total.add_(scaled, alpha=1 / scale)
         values.append(value.detach())
     total = torch.stack(values).sum()
     result: Tensor = _KnownGradient.apply(total, gradients, *parameters)
@@ -229,7 +231,8 @@ class DARWINLoss(AdversarialTerm):
         if self.label_free and self.dbkd_weight and self.pairs.pairing == "dataset":
             raise ConfigError("found 'dataset', which pairs by labels, with label_free; write 'batch'", "pairing")
         if hasattr(self.adversary, "return_path"):
-            self.adversary = dataclasses.replace(self.adversary, return_path=True)
+            with inside("adversary.kwargs"):
+                self.adversary = dataclasses.replace(self.adversary, return_path=True)
         elif self.path_length > 1:
             raise ConfigError(f"found {self.adversary}, which does not give its path; write PGD or SVGD", "adversary")
         with inside("target_adversary"):
@@ -244,7 +247,8 @@ class DARWINLoss(AdversarialTerm):
             wanted = {"targeted": True, "return_path": True}
             if not all(hasattr(adversary, name) for name in wanted) or adversary.num_rows != 1:
                 raise ConfigError(f"found {adversary}, which has no path of one example an image; write a PGD block")
-            adversary = dataclasses.replace(adversary, **wanted)
+            with inside("kwargs"):
+                adversary = dataclasses.replace(adversary, **wanted)
         elif isinstance(self.adversary, PGD):
             adversary = dataclasses.replace(self.adversary, targeted=True)
         else:

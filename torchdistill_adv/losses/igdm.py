@@ -27,8 +27,8 @@ class IGDMLoss(AdversarialTerm):
 
     where the differences of logits go through a softmax, for images (N, C, H, W) and logits (N, num_classes), in epoch
     e = 1, ..., E of the stage. Give it the adversary, threat and objective of the method that it is added to: the
-    search and the passes on the examples are then shared (but with DARWIN, whose search keeps its path). The options of
-    every loss are those of :class:`~torchdistill_adv.losses.base.AdversarialTerm`.
+    search and the passes on the examples are then shared (with DARWIN, which makes passes of its own, the search). The
+    options of every loss are those of :class:`~torchdistill_adv.losses.base.AdversarialTerm`.
 
     Paper: `Indirect Gradient Matching for Adversarial Robust Distillation <https://arxiv.org/abs/2312.03286>`_ (Lee,
     Cho, Kim, ICLR 2025).

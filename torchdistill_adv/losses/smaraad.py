@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torchdistill.losses.registry import register_mid_level_loss
 
-from torchdistill_adv.attribution import class_activation_maps, feature_maps, layout_of, map_distance
+from torchdistill_adv.attribution import (
+    Layout,
+    class_activation_maps,
+    exact_maps,
+    feature_maps,
+    layout_of,
+    map_distance,
+    squared_maps,
+)
 from torchdistill_adv.boxes import IODict
 from torchdistill_adv.checks import choice, flag, number, optional_integer
 from torchdistill_adv.divergences import kl_divergence
 from torchdistill_adv.guards import on_cloned_buffers
 from torchdistill_adv.losses.base import UNIFORM_START, AdversarialTerm, Cost, Search
 from torchdistill_adv.losses.iad import trust
-from torchdistill_adv.objectives import Objective
+from torchdistill_adv.objectives import Objective, Who
 from torchdistill_adv.ranking import soft_spearman
 from torchdistill_adv.sources import Images
 
@@ -50,6 +59,11 @@ class SmaraADLoss(AdversarialTerm):
     :math:`w_i\, m(T(x'_i), S(x'_i)) + (1 - w_i)\, m(S(x_i), S(x'_i))`. The options of every loss are those of
     :class:`~torchdistill_adv.losses.base.AdversarialTerm`.
 
+    Logits and maps on the clean images are those of the host's own pass, in the mode that it has the student in, as in
+    TRADES and RSLAD; ``student_bn`` is about the examples. Where that pass does not give them (Grad-CAM, a compiled
+    network, a teacher in train mode, a forward process of the user's own), the clean images pass the network once more
+    in that mode, which moves no running statistics and is not in the announced cost.
+
     Paper:
     `Adversarial Distillation Based on Slack Matching and Attribution Region Alignment <https://openaccess.thecvf.com/content/CVPR2024/html/Yin_Adversarial_Distillation_Based_on_Slack_Matching_and_Attribution_Region_Alignment_CVPR_2024_paper.html>`_
     (Yin et al., CVPR 2024).
@@ -65,8 +79,7 @@ class SmaraADLoss(AdversarialTerm):
         matching: m: ``slack``, or ``kl`` for the divergence in its place.
         alignment: d: ``attribution``, ``feature`` (maps that know no class, in the search too) or ``none``.
         offset: c, which has no gradient and makes the values positive.
-        alignment_weight: alpha. With maps, the clean images pass both networks once more than the host's own pass, in
-            which nothing is hooked.
+        alignment_weight: alpha.
         sharpness: slope of the soft ranks.
         top_k: rank only the classes that the teacher puts first, and y; for 1,000 classes.
         plus_plus: SmaraAD++.
@@ -117,11 +130,11 @@ class SmaraADLoss(AdversarialTerm):
         self.top_k = optional_integer(top_k, "top_k", minimum=2)
         self.plus_plus = flag(plus_plus, "plus_plus")
         self.beta = number(beta, "beta", minimum=0)
-        self.student_module, self.teacher_module = student_module, teacher_module
+        self.map_modules: dict[Who, str | None] = {"student": student_module, "teacher": teacher_module}
         self.label_free = flag(label_free, "label_free")
         if "objective" not in self.options:
-            modules = {"student_module": student_module, "teacher_module": teacher_module}
-            given = {name: path for name, path in modules.items() if path is not None and self.alignment != "none"}
+            named = {f"{who}_module": path for who, path in self.map_modules.items() if path is not None}
+            given = {} if self.alignment == "none" else named
             self.objective = Objective.build({"key": OBJECTIVES[self.alignment], "kwargs": given})
 
     @property
@@ -133,6 +146,13 @@ class SmaraADLoss(AdversarialTerm):
     def plan(self) -> tuple[Search, ...]:
         return (self.make_search(Images(label_free=self.label_free)),)
 
+    def before_host(self, step: Step) -> None:
+        for who in self.map_modules if self.alignment != "none" else ():
+            with step.binding.no_trace(self.path):
+                layout = self._layout(step, who)
+            if self._takes_recorded(layout):
+                step.record_features(who, layout)
+
     def loss(self, step: Step, student_io_dict: IODict, teacher_io_dict: IODict, targets: Any) -> Tensor:
         examples = step.examples(self.search)
         classes = step.classes(self.label_free) if self.needs_labels or self.label_free else None
@@ -142,9 +162,11 @@ class SmaraADLoss(AdversarialTerm):
             adversarial, teacher = step.student_on(self.search, self.student_bn), step.teacher_on(self.search)
             distance = clean.new_zeros(())
         else:
-            adversarial, teacher, distance = self._aligned(step, examples.rows, example_classes)
-            clean, teacher_clean, clean_distance = self._aligned(step, step.images, classes)
-            distance = distance + clean_distance
+            adversarial, maps = self._pass("student", step, examples.rows, example_classes, self.student_bn)
+            teacher, teacher_maps = self._pass("teacher", step, examples.rows, example_classes)
+            clean, clean_maps = self._on_clean("student", step, classes)
+            teacher_clean, teacher_clean_maps = self._on_clean("teacher", step, classes)
+            distance = map_distance(maps, teacher_maps).mean() + map_distance(clean_maps, teacher_clean_maps).mean()
         values = self._match(teacher, adversarial, example_classes)
         if self.plus_plus:
             assert example_classes is not None
@@ -160,28 +182,44 @@ class SmaraADLoss(AdversarialTerm):
             return kl_divergence(target, student)
         return self.offset - soft_spearman(student, target, self.sharpness, self.top_k, classes)
 
-    def _aligned(self, step: Step, rows: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of student and teacher on ``rows``, (R, num_classes), and the mean distance of their maps."""
-        binding = step.binding
-        assert binding.teacher is not None
-        student, teacher = binding.student.network, binding.teacher.network
-        with step.student_mode(self.student_bn):
-            logits, maps = self._maps(student, rows, classes, "student_module", self.student_module)
-        with torch.no_grad(), on_cloned_buffers(teacher, read_only_in_eval=True):
-            teacher_logits, teacher_maps = self._maps(teacher, rows, classes, "teacher_module", self.teacher_module)
-        return logits, teacher_logits, map_distance(maps, teacher_maps).mean()
+    def _layout(self, step: Step, who: Who) -> Layout:
+        return layout_of(step.side(who).network, step.images, self.map_modules[who], f"{who}_module")
 
-    def _maps(
-        self, network: torch.nn.Module, rows: Tensor, classes: Tensor | None, option: str, path: str | None
+    def _takes_recorded(self, layout: Layout) -> bool:
+        """Whether maps can be had from the feature map of a pass that somebody else made."""
+        return self.alignment == "feature" or layout.linear is not None
+
+    def _pass(
+        self, who: Who, step: Step, rows: Tensor, classes: Tensor | None, student_bn: str = "batch"
     ) -> tuple[Tensor, Tensor]:
-        layout = layout_of(network, rows, path, option)
+        """Logits of ``rows`` (R, num_classes) and their maps (R, h, w), from a pass of our own."""
+        network, layout = step.side(who).network, self._layout(step, who)
+        with ExitStack() as mode:
+            if who == "student":
+                mode.enter_context(step.student_mode(student_bn))
+            else:
+                mode.enter_context(torch.no_grad())
+                mode.enter_context(on_cloned_buffers(network, read_only_in_eval=True))
+            if self.alignment == "feature":
+                return feature_maps(network, layout, rows)
+            assert classes is not None
+            return class_activation_maps(network, layout, rows, classes)
+
+    def _on_clean(self, who: Who, step: Step, classes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same of the clean images, from the host's own pass where it has them."""
+        network, layout = step.side(who).network, self._layout(step, who)
+        features = step.host_features(who, layout) if self._takes_recorded(layout) else None
+        if features is None:
+            return self._pass(who, step, step.images, classes)
         if self.alignment == "feature":
-            return feature_maps(network, layout, rows)
-        assert classes is not None
-        return class_activation_maps(network, layout, rows, classes)
+            maps = squared_maps(layout, features)
+        else:
+            assert classes is not None
+            maps = exact_maps(network, layout, features, classes)
+        return (step.student_clean(), maps) if who == "student" else (step.teacher_clean(), maps.detach())
 
     def outer_cost(self, images: int, num_views: int = 1) -> dict[object, Cost]:
         if self.alignment == "none":
             return super().outer_cost(images, num_views)
-        rows = self.search.num_rows(images, num_views) + images
+        rows = self.search.num_rows(images, num_views)
         return {self.path: Cost(rows, 0, rows, rows)}

@@ -1,7 +1,8 @@
-"""What to write where memory runs out in a training step."""
+"""Memory of training: kept between steps, and what to write where it runs out."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +23,18 @@ from torchdistill_adv.losses.base import AdversarialTerm, Search
 from torchdistill_adv.step import Step
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one, in all of this process.
+
+    It hands the end of its heap back to the system, which clears every page that is asked for again: depending on how
+    blocks happen to lie, up to a third of a step on a CPU. Elsewhere than with glibc nothing is changed.
+    """
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks are of the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: no end of it is handed back
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdistill_adv.binding import host_losses
 from torchdistill_adv.boxes import Box, stage_path
 from torchdistill_adv.errors import ConfigError, NonFiniteError
 from torchdistill_adv.half import in_full_precision
-from torchdistill_adv.losses import AdversarialTerm
 from torchdistill_adv.runner.check import stages
 from torchdistill_adv.runner.processes import Place
 
@@ -28,11 +28,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Passes:
     """How a run computes its passes.
 
-    With ``amp``, the networks are passed in half precision wherever PyTorch's autocast does so: the host's passes, the
-    searches and those on the examples. Images, the steps of a search, every loss and the weights stay in float32. In
-    float16 the loss is scaled before its gradient is taken, the gradients are scaled back before torchdistill clips
-    them, and a step whose gradients are infinite changes nothing but the scale (`Mixed Precision Training
-    <https://arxiv.org/abs/1710.03740>`_, Micikevicius et al., ICLR 2018).
+    With ``amp``, the networks are passed in half precision wherever PyTorch's autocast does so: the host's passes,
+    those on the examples, and the searches, unless their own ``precision`` says otherwise. Images, steps of a search,
+    every loss and the weights stay in float32. In float16 the loss is scaled before its gradient is taken, the
+    gradients are scaled back before torchdistill clips them, and a step whose gradients are infinite changes nothing
+    but the scale (`Mixed Precision Training <https://arxiv.org/abs/1710.03740>`_, Micikevicius et al., ICLR 2018).
 
     Validation and tests are in float32: they measure what the checkpoint holds.
 
@@ -85,7 +85,7 @@ class Passes:
         """What the forward pass runs in: autocast, but not the losses of torchdistill."""
         with ExitStack() as stack:
             if self.amp or self.channels_last:
-                stack.enter_context(_full_precision(list(_host_losses(box.criterion)), self.where.device.type))
+                stack.enter_context(_full_precision(list(host_losses(box.criterion)), self.where.device.type))
             if self.amp:
                 stack.enter_context(self._autocast())
             try:
@@ -164,16 +164,6 @@ class _Scaled:
         # an optimizer does nothing to a parameter without a gradient: no decay, no momentum
         box.optimizer.zero_grad(set_to_none=True)
         logger.info("a step is left out: its gradients are infinite at a loss scale of %g, which is halved", scale)
-
-
-def _host_losses(criterion: nn.Module) -> Iterator[nn.Module]:
-    """The losses in ``criterion`` that only read what networks returned: torchdistill's and the user's own."""
-    terms = getattr(criterion, "term_dict", None)
-    if terms is not None:
-        for term, _ in terms.values():
-            yield from _host_losses(term)
-    elif not any(isinstance(module, AdversarialTerm) for module in criterion.modules()):
-        yield criterion
 
 
 @contextmanager
