@@ -93,8 +93,8 @@ def small_model(block: dict[str, Any]) -> dict[str, Any]:
 def load_config(path: str | Path, *, images: int = 8, **replacements: Any) -> dict[str, Any]:
     """A configuration as torchdistill loads it, cut down to what a test can afford.
 
-    That is ``images`` random images in each data set, small batches, one epoch, two steps a search, and the networks of
-    :func:`small_model`.
+    That is ``images`` random images in each data set, small batches, one epoch, two steps a search, every term in every
+    step, and the networks of :func:`small_model`.
 
     Args:
         path: YAML file; a relative path starts in ``configs/``.
@@ -123,6 +123,7 @@ def load_config(path: str | Path, *, images: int = 8, **replacements: Any) -> di
             base_of(getattr(dataset, "original", dataset)).max_size = MAX_CIFAR_SIZE
     small: dict[str, Any] = {"num_epochs": 1, "batch_size": 4, "num_workers": 0, "pin_memory": False, "src_ckpt": None}
     small |= {"teacher_model.kwargs.weights": None, "begin_epoch": 0, "num_steps": lambda steps: min(steps, MAX_STEPS)}
+    small["every"] = 1  # terms of which two steps might see nothing
     # CRD's memory bank has a slot for every image
     small |= {"num_samples": images, "output_size": images, "num_negative_samples": 4}
     for name, value in small.items():

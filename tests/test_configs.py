@@ -149,9 +149,13 @@ TALD_CODE = {
     "student_bn": "train",
     "weight": 0.01,
 }
+# at this bandwidth one particle in every fourth step has the loss of four in every step, in expectation
+TALD_FAST = TALD_CIFAR100 | {"num_particles": 1, "every": 4}
 PRESETS = {
     "digits/kd_tald.yaml": TALD_CIFAR100 | {"bandwidth": "median"},
     "digits/kd_tald_paper.yaml": TALD_CIFAR100,
+    "digits/kd_tald_fast.yaml": TALD_FAST,
+    "cifar100/kd_tald_fast-resnet20_from_resnet56.yaml": TALD_FAST,
     "cifar100/kd_tald_paper-resnet20_from_resnet56.yaml": TALD_CIFAR100,
     "cifar100/kd_tald_paper_linf-resnet20_from_resnet56.yaml": TALD_CIFAR100 | {"norm": "linf", "step norm": "l2"},
     "cifar100/kd_tald_median-resnet20_from_resnet56.yaml": TALD_CIFAR100 | {"bandwidth": "median"},
@@ -345,6 +349,8 @@ METHODS = {
     "adaad_igdm": ADAAD | {"igdm.objective": "kl_teacher_student"},
     "adaad_tald": ADAAD,
     "adaad_eps16": ADAAD | {"adaad.eps": "16/255", "adaad.step_size": "4/255"},
+    # five steps go as far as ten of half the length
+    "adaad_fast": ADAAD | {"adaad.num_steps": 5, "adaad.first_num_steps": 2, "adaad.step_size": "4/255"},
     "adaiad": {"adaiad.temperature": 30.0, "adaiad.beta": 0.1, "adaiad.begin_epoch": 60, "adaiad.weigh_teacher": False},
     "dgad": {"dgad.beta": 1.0},
     "gacd": {"max_grad_norm": 1.0},

@@ -82,9 +82,8 @@ def test_make_would_write_what_is_there():
 def test_every_host_is_there_with_and_without_tald():
     assert {f"cifar100/{host}-{PAIR}.yaml" for host in HOSTS} <= set(CIFAR)
     assert {f"cifar100/{host}_tald-{PAIR}.yaml" for host in HOSTS if host != "kd"} <= set(CIFAR)
-    assert {f"cifar100/kd_tald_{form}-{PAIR}.yaml" for form in ("paper", "paper_linf", "median", "code_exact")} <= set(
-        CIFAR
-    )
+    forms = ("paper", "paper_linf", "median", "code_exact", "fast")
+    assert {f"cifar100/kd_tald_{form}-{PAIR}.yaml" for form in forms} <= set(CIFAR)
 
 
 @pytest.mark.parametrize("path", [*CIFAR, TEACHER])
