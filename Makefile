@@ -21,8 +21,8 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.dev  ## what TALD costs on this machine
-	$(PYTHON) benchmarks/tald_cost.py
+bench: $(VENV)/.dev  ## what a step of every method costs on this machine
+	$(PYTHON) benchmarks/steps.py
 
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: setup.cfg pyproject.toml | $(VENV)
 	$(PYTHON) -m pip install --editable '.[$*]'

@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/scaling.py                              # ResNet-56 -> ResNet-20, batch 64 each
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --batch-size 16 --repeats 7
 
-The task is that of ``tald_cost.py``, with one thread a process. Both kinds of step are timed in turn, the one process
-while the other waits, so that the machine's drift hits both alike. The speed-up is the median over the turns of twice
-the time of one process over that of two, which have twice the images: 2 would be ideal. What the processes take from
-each other, such as memory bandwidth, is in it too, so run it on an idle machine.
+The methods are those of ``steps.py``, KD and KD + TALD with the median bandwidth, with one thread a process. Both kinds
+of step are timed in turn, the one process while the other waits, so that the machine's drift hits both alike. The
+speed-up is the median over the turns of twice the time of one process over that of two, which have twice the images: 2
+would be ideal. What the processes take from each other, such as memory bandwidth, is in it too, so run it on an idle
+machine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from tald_cost import Step, kd_box, step_of
+from steps import Method, Step, Task, build_box, draw_batch, step_of
 from torch.multiprocessing.spawn import spawn
 
 from torchdistill_adv.runner.building import wrap_student
@@ -39,11 +40,15 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
     """Time both kinds of step in one of two processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    where = Place(args.device, CPUDeviceIds(), distributed=True, world_size=2)
+    where = Place(torch.device("cpu"), CPUDeviceIds(), distributed=True, world_size=2)
+    task = Task(args.teacher, args.student, args.batch_size, args.image_size, torch.device("cpu"))
+    tald = Method.read("kd_tald_median")
     for num_particles in args.particles:
-        alone, together = kd_box(args, num_particles), kd_box(args, num_particles)
+        method = tald.but(num_particles=num_particles) if num_particles else tald.host()
+        alone, together = build_box(method, task), build_box(method, task)
         wrap_student(together, where)
-        one, both = step_of(alone, args), step_of(together, args)
+        batch = draw_batch(method, task)
+        one, both = step_of(alone, batch), step_of(together, batch)
         turns = [(seconds(one if rank == 0 else None), seconds(both)) for _ in range(args.repeats + 2)][2:]
         if rank == 0:
             name = f"KD + TALD, K = {num_particles}" if num_particles else "KD"
@@ -61,12 +66,9 @@ def main() -> None:
     parser.add_argument("--student", default="resnet20", help="a model registered with torchdistill")
     parser.add_argument("--batch-size", type=int, default=64, help="of each process")
     parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--num-classes", type=int, default=100)
     parser.add_argument("--particles", type=int, nargs="+", default=[0, 1, 2, 4], help="0 is KD alone")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
-    args.device = torch.device("cpu")
     print(f"{args.teacher} -> {args.student}, batch {args.batch_size} a process, ", end="")
     print(f"{args.image_size} x {args.image_size}, torch {torch.__version__}, one thread a process")
     print(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import runpy
+import sys
+import types
+from pathlib import Path
 
 import eagerpy as ep
 import foolbox
+import numpy as np
 import pytest
 import torch
-from fixed_networks import EPS, digits, linear_problem, network, right
+from fixed_networks import EPS, digits, digits_cnn, linear_problem, network, right
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchdistill.models.registry import MODEL_DICT
 
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.evaluation import GradientAttack, evaluate, parse_attacks, pixel_threat
@@ -24,6 +30,7 @@ NAMES = ("fgsm", "pgd20", "cw30")
 NETWORKS = ("plain", "robust", "sharp")
 HALF_A_POINT = 0.005
 COUNT = 600
+BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "attack_speed.py"
 
 
 def noise(x, seed=0):
@@ -326,3 +333,44 @@ def test_cwl2_stops_early_where_nothing_is_left_to_gain():
     x, y = rightly_classified("plain")
     cwl2(net, x[:10], y[:10], num_steps=1000, search_steps=1, initial_const=1e-6)
     assert sum(map(len, net.asked)) < 10 * 500
+
+
+class PlainPGD:
+    """PGD as another library has it: all images, weights with gradients, the last iterate."""
+
+    def __init__(self, model, eps, alpha, steps, random_start):
+        self.model, self.eps, self.alpha, self.steps = model, eps, alpha, steps
+        assert random_start
+
+    def __call__(self, x, y):
+        rows = (x + torch.empty_like(x).uniform_(-self.eps, self.eps)).clamp(0, 1)
+        for _ in range(self.steps):
+            leaf = rows.detach().requires_grad_()
+            gradient = torch.autograd.grad(nn.functional.cross_entropy(self.model(leaf), y), leaf)[0]
+            rows = x + (leaf.detach() + self.alpha * gradient.sign() - x).clamp(-self.eps, self.eps)
+            rows = rows.clamp(0, 1)
+        return rows
+
+
+def test_the_benchmark_counts_the_same_for_both(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchattacks", types.SimpleNamespace(PGD=PlainPGD))
+    monkeypatch.setitem(MODEL_DICT, "benchmarked", lambda num_classes: digits_cnn())
+    weights, (x, y) = tmp_path / "weights.pt", digits(60)
+    torch.save(network("robust").state_dict(), weights)
+    y = torch.where(torch.arange(60) % 3 == 0, (y + 1) % 10, y)
+    np.savez(tmp_path / "data.npz", image=(x.permute(0, 2, 3, 1) * 255).round().byte().numpy(), label=y.numpy())
+    options = f"--model benchmarked --ckpt {weights} --images {tmp_path / 'data.npz'} --mean 0 --std 1 --batch-size 25"
+    runpy.run_path(str(BENCHMARK))["main"]([*options.split(), "--repeats", "1", "--device", "cpu"])
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in table] == ["| predictions: all are right", "| of the data: 63.3 % are right"]
+    for row in table:
+        theirs, mine = float(row[4]), float(row[5].rstrip(" |"))
+        assert abs(theirs - mine) <= 100 / 60 + 0.1
+        assert float(row[3]) > 0
+    assert 50 < float(table[1][4]) < 63.4 < float(table[0][4]) < 100
+
+
+def test_the_benchmark_says_how_to_get_its_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    with pytest.raises(SystemExit, match="pip install torchattacks"):
+        runpy.run_path(str(BENCHMARK))["main"](["--num-images", "1", "--device", "cpu"])
