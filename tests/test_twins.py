@@ -420,6 +420,8 @@ class StartsAtZero(nn.Module):
         y = self.conv(x)
         if self.case == "gate":
             y = self.norm(y) + self.gate * y.tanh()
+        elif self.case == "gate first":
+            y = self.gate * y.tanh() + self.norm(y)
         elif self.case == "branch":
             y = self.norm(y) + self.last(y.relu())
         elif self.case == "linear layer":
@@ -429,7 +431,7 @@ class StartsAtZero(nn.Module):
         return self.fc(y.relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("case", ["gate", "branch", "linear layer", "in place"])
+@pytest.mark.parametrize("case", ["gate", "gate first", "branch", "linear layer", "in place"])
 def test_a_second_reader_is_seen_where_it_starts_at_zero(case):
     network, rows = StartsAtZero(case).eval(), torch.randn(5, 2, 8, 8)
     made = Twins()

@@ -31,7 +31,7 @@ from torchdistill_adv.checks import check_logits, integer, put
 from torchdistill_adv.errors import ConfigError, inside
 from torchdistill_adv.guards import eval_mode, on_cloned_buffers, own_random_stream, restored_hooks, share_buffers
 from torchdistill_adv.noise import ImageNoise, derive_seed
-from torchdistill_adv.objectives import Network, Objective, View
+from torchdistill_adv.objectives import Network, Objective, View, Who
 from torchdistill_adv.registry import build_adversary, check_options
 from torchdistill_adv.threat import ThreatModel
 
@@ -173,7 +173,7 @@ def count_right(
         ConfigError: images out of the threat model's range, or a network that returns no logits.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)
-    networks: list[Network | None] = []
+    networks: tuple[Network, Network | None] | None = None
     for images, labels, *_ in loader:
         images, labels = images.to(device), labels.to(device)
         with inside("threat"):
@@ -182,7 +182,7 @@ def count_right(
         noise = ImageNoise(derive_seed(settings.seed, "start"), ids[: len(images)], images)
         ids = ids[len(images) :]
         networks = networks or _networks(settings, student, teacher, images)
-        view = View(images, labels, networks[0], networks[1], noise)  # type: ignore[arg-type]
+        view = View(images, labels, *networks, noise)
         # all of them, also those that are lost already: cuDNN tunes itself for every new size of a batch
         rows = settings.adversary(settings.objective.bind(view), images, settings.threat, noise).rows
         survived = right & (_predicted(student, rows) == labels)
@@ -190,17 +190,17 @@ def count_right(
     return counts
 
 
-def _networks(settings: RobustValidation, student: Side, teacher: Side | None, images: Tensor) -> list[Network | None]:
+def _networks(
+    settings: RobustValidation, student: Side, teacher: Side | None, images: Tensor
+) -> tuple[Network, Network | None]:
     """Student and teacher as the search passes them: faster copies of those that it attacks."""
     from torchdistill_adv.evaluation.passes import twin_for_attacks
 
-    sides = {"student": student, "teacher": teacher}
-    return [
-        None
-        if side is None
-        else (who in settings.objective.entry.attacks and twin_for_attacks(side.network, images)) or side.network
-        for who, side in sides.items()
-    ]
+    def passed(who: Who, side: Side) -> Network:
+        twin = twin_for_attacks(side.network, images) if who in settings.objective.entry.attacks else None
+        return side.network if twin is None else twin
+
+    return passed("student", student), None if teacher is None else passed("teacher", teacher)
 
 
 @torch.no_grad()

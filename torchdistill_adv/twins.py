@@ -120,7 +120,7 @@ class SearchPasses:
         channels_last = self.channels_last
         if channels_last == "auto":
             channels_last = device.type != "cuda" or dtype != torch.float32
-        return Picked(dtype, bool(channels_last), bool(self.fold), self.compile)
+        return Picked(dtype, bool(channels_last), self.fold is not False, self.compile)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ class Counted(nn.Module):
 
     Passes that are differentiated go through ``twin`` where one is set: a gradient is a direction to search in, and
     may come from whatever computes the same function. All others go through the network itself, whose word on an
-    example is the outcome. While an attack has changed the network, its hooks or modes,
-    it is the network that is differentiated too.
+    example is the outcome. While an attack has changed the network, its hooks or modes, it is the network that is
+    differentiated too.
     """
 
     def __init__(self, model: nn.Module) -> None:
