@@ -1004,10 +1004,10 @@ WITH_TWO_TEACHERS = ("iad_ii", "akd2")
 LADDER = ("arkd", "arkd_iakd", "arkd_dbkd")
 COMBINATIONS = {
     CIFAR10.folder: (
-        *("rslad_igdm", "adaad_igdm", "adaad_tald", "adaad_eps16", "adaad_fast"),
+        *("kd", "rslad_igdm", "adaad_igdm", "adaad_tald", "adaad_eps16", "adaad_fast"),
         *("darwin_svgd", "smaraad_kl", "smaraad_feature", *LADDER),
     ),
-    CIFAR100.folder: ("rslad_igdm", "adaad_igdm", *LADDER),
+    CIFAR100.folder: ("kd", "rslad_igdm", "adaad_igdm", *LADDER),
 }
 ON_TRANSFORMERS = ("rslad", "darwin", "darwin_lf")
 ON_GENERATED = {CIFAR10.folder: ("iad", "darwin", "darwin_lf"), CIFAR100.folder: ("ard", "darwin", "darwin_lf")}

@@ -1,0 +1,108 @@
+"""Perform a run, and write its result with everything that is needed to repeat it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from experiments.data import Images
+from experiments.particles import search_and_measure
+from experiments.runs import Run
+from experiments.study import ROOT
+from experiments.train import train_and_measure
+from torchdistill_adv.evaluation.results import write_json
+
+VERSIONED = ("torchdistill_adv", "experiments", "configs")
+
+
+def perform(run: Run, device: str | None = None) -> bool:
+    """Do a run, unless its result is there or another process is at it.
+
+    Returns:
+        Whether the result is there now.
+    """
+    lock = run.checkpoint.with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            if not run.is_done:
+                _perform(run, device)
+            return True
+    except Timeout:
+        return False
+
+
+def _perform(run: Run, device: str | None) -> None:
+    fingerprint, commit = run.fingerprint(), git_state()
+    started, cpu = time.time(), time.process_time()
+    found = (train_and_measure if run.variant.search is None else search_and_measure)(run, device)
+    teacher = run.teacher and run.teacher.result()
+    result = {
+        "setting": run.setting.name,
+        "variant": run.variant.name,
+        "seed": run.seed,
+        "size": run.place.size,
+        "config": f"configs/{run.variant.config}.yaml" if run.variant.config else None,
+        "overrides": _shown(run),
+        "images": {**run.images(), "sha256": {s: Images(split=s, **run.images()).digest for s in ("train", "test")}},
+        "teacher": {"name": run.variant.teacher, "weights": teacher["weights"]["best"]} if teacher else None,
+        **commit,
+        "machine": machine(device),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "wall_seconds": time.time() - started,
+        "cpu_seconds": time.process_time() - cpu,
+        "fingerprint": fingerprint,
+        **found,
+    }
+    write_json(result, run.result_file)
+
+
+def _shown(run: Run) -> dict[str, Any]:
+    """The overrides, without the folders of this machine."""
+    if run.variant.search is not None:
+        return {"search": dict(run.variant.search)}
+    found = run.overrides()
+    state = str(run.place.state)
+    return {
+        path: str(Path(value).relative_to(state)) if str(value).startswith(state) else value
+        for path, value in found.items()
+        if path != "train.robust_validation"
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """The commit, and whether the code that is run differs from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return {"commit": git("rev-parse", "HEAD") or None, "changed": bool(git("status", "--porcelain", "--", *VERSIONED))}
+
+
+def machine(device: str | None) -> dict[str, Any]:
+    """What the run ran on."""
+    is_cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    cpu = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        if cpu.exists()
+        else []
+    )
+    return {
+        "device": torch.cuda.get_device_name() if is_cuda else "cpu",
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "torchdistill", "timm")},
+    }
