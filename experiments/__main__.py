@@ -18,9 +18,7 @@ def parser() -> argparse.ArgumentParser:
     commands = found.add_subparsers(dest="command", required=True)
     place = argparse.ArgumentParser(add_help=False)
     place.add_argument("--size", default="small", help="small: two CPU cores; full: a GPU (default: small)")
-    place.add_argument(
-        "--source", default="packs", help="packs, or torchvision to download CIFAR (default: packs)"
-    )
+    place.add_argument("--source", default="packs", help="packs, or torchvision to download CIFAR (default: packs)")
     place.add_argument("--results", type=Path, help="folder of the results (default: results)")
     place.add_argument("--state", type=Path, help="folder of checkpoints (default: resource/experiments)")
     listed = commands.add_parser("list", parents=[place], help="the studies, and which of their runs are done")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,31 @@ from torchdistill_adv.threat import ThreatModel
 
 
 def measure(run: Run, network: nn.Module, device: str | None) -> dict[str, Any]:
-    """All measures of a setting on the test images."""
+    """All measures of a setting on the test images.
+
+    ``clean``, on all of them, and every attack are accuracies in percent; ``outcomes`` says of each image whether it is
+    classified rightly, packed by :func:`pack`; ``flags`` are the evaluation's reasons to doubt the numbers.
+    """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = network.to(where)
     images = Images(split="test", **run.images())
     normalization = NORMALIZATION if run.setting.is_normalized else {"mean": (0.0,), "std": (1.0,)}
-    clean = evaluate(network, images, attacks="clean", batch_size=500, **normalization).result("clean")
-    found: dict[str, Any] = {"clean": clean.accuracy}
+    results = [evaluate(network, images, attacks="clean", batch_size=500, **normalization).result("clean")]
+    found: dict[str, Any] = {}
     measures = run.measures
     if "robustness" in measures:
         evaluation = evaluate(network, images, **measures["robustness"], **normalization)
-        found |= {result.attack: result.accuracy for result in evaluation.results if result.attack != "clean"}
-        found["outcomes"] = {r.attack: "".join("01"[o] for o in r.outcomes) for r in evaluation.results}
+        results += [result for result in evaluation.results if result.attack != "clean"]
         found["flags"] = [{"name": flag.name, "message": flag.message} for flag in evaluation.flags]
-        found["found_by"] = {r.attack: dict(r.found_by) for r in evaluation.results if r.found_by}
+        found["found_by"] = {result.attack: dict(result.found_by) for result in results if result.found_by}
+        found["attacked"] = evaluation.facts["data"]["indices"]
+    found |= {result.attack: result.accuracy for result in results}
+    found["outcomes"] = {result.attack: pack(result.outcomes) for result in results}
     teacher = run.teacher
     if "similarity" in measures and teacher is not None:
         count = min(len(images), measures["similarity"]["num_images"])
         pixels, labels = zip(*(images[i] for i in range(count)), strict=True)
         threat = ThreatModel(float("inf"), norm="l2", space="input", **normalization)
-        # the BSS search of both networks is theirs; no gradient of a weight is needed
         networks = (load_network(teacher, teacher.best_checkpoint).to(where), network)
         for each in networks:
             each.eval().requires_grad_(False)
@@ -46,6 +52,18 @@ def measure(run: Run, network: nn.Module, device: str | None) -> dict[str, Any]:
         described = describe_similarity(compared)
         found |= {name: described[name] for name in ("magsim", "angsim", "num_compared")}
     return found
+
+
+def pack(outcomes: Sequence[bool]) -> str:
+    """Outcomes as hexadecimal digits, four a digit, after their number."""
+    bits = "".join("01"[outcome] for outcome in outcomes)
+    return f"{len(bits)}:{int(bits, 2):0{-(-len(bits) // 4)}x}"
+
+
+def unpack(text: str) -> list[bool]:
+    """What :func:`pack` was given."""
+    count, _, digits = text.partition(":")
+    return [bit == "1" for bit in f"{int(digits, 16):0{int(count)}b}"]
 
 
 def load_network(run: Run, checkpoint: Path) -> nn.Module:
