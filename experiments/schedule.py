@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +16,40 @@ from experiments.runs import Run
 from experiments.study import ROOT
 
 BUSY = 75  # exit code of a run that another process is at
+RETRY_SECONDS = 30.0
 
 
 @dataclass
-class Worker:
-    """A run in a process of its own."""
+class Job:
+    """A run that is to be done.
 
+    Args:
+        study: that it is of.
+        run: the run.
+        process: that does it; None while it waits.
+        started: when that began.
+        not_before: when it may be tried again.
+    """
+
+    study: str
     run: Run
-    process: subprocess.Popen[bytes]
-    started: float
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    not_before: float = 0.0
+
+    def start(self, threads: int, device: str | None) -> None:
+        """Do the run in a process of its own, which prints to :func:`log_file`."""
+        place = self.run.place
+        command = [sys.executable, "-m", "experiments", "one", self.study, self.run.variant.name, str(self.run.seed)]
+        command += ["--size", place.size, "--source", place.source]
+        command += ["--results", str(place.results), "--state", str(place.state)]
+        command += ["--device", device] if device else []
+        log = log_file(self.run)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as stream:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream, env=environment)
+        self.started = time.monotonic()
 
 
 def run_all(
@@ -40,61 +67,50 @@ def run_all(
         How many failed.
     """
     start = time.monotonic()
-    waiting = with_teachers(runs)
-    total, failed = len(waiting), 0
-    workers: list[Worker] = []
+    left = with_teachers(runs)
+    total, failed = len(left), 0
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     print(f"{total} runs to do, {jobs} at a time", flush=True)
-    try:
-        while waiting or workers:
+    with stopped_at_the_end(left):
+        while left:
             if budget is not None and time.monotonic() - start > 60 * budget:
-                print(
-                    f"the budget of {budget:g} minutes is over: {len(waiting) + len(workers)} runs are left", flush=True
-                )
+                print(f"the budget of {budget:g} minutes is over: {len(left)} runs are left", flush=True)
                 break
-            under_way = [worker.run for worker in workers]
-            for study, run in list(waiting):
-                teacher = run.teacher
-                if len(workers) >= jobs:
+            unfinished = {job.run.result_file for job in left}
+            for job in left:
+                if sum(other.process is not None for other in left) >= jobs:
                     break
-                if teacher is not None and (_same(teacher, [r for _, r in waiting]) or _same(teacher, under_way)):
-                    continue
-                waiting.remove((study, run))
-                if teacher is not None and not teacher.is_done:
-                    print(f"{run.name}: its teacher failed", flush=True)
-                    failed += 1
-                    continue
-                workers.append(Worker(run, _start(study, run, jobs, device), time.monotonic()))
-                under_way.append(run)
+                teacher = job.run.teacher
+                can_start = teacher is None or teacher.result_file not in unfinished
+                if job.process is None and can_start and time.monotonic() >= job.not_before:
+                    job.start(threads, device)
             time.sleep(0.2)
-            for worker in list(workers):
-                code = worker.process.poll()
-                if code is None:
+            for job in [job for job in left if job.process is not None and job.process.poll() is not None]:
+                assert job.process is not None
+                code, seconds = job.process.returncode, time.monotonic() - job.started
+                job.process = None
+                if code == BUSY:
+                    job.not_before = time.monotonic() + RETRY_SECONDS
                     continue
-                workers.remove(worker)
-                failed += code not in (0, BUSY)
-                outcome = {0: "done", BUSY: "another process is at it"}.get(code, f"failed, see {log_file(worker.run)}")
-                left = len(waiting) + len(workers)
-                seconds = time.monotonic() - worker.started
-                print(f"[{total - left}/{total}] {worker.run.name}: {outcome}, {seconds:.0f} s", flush=True)
-    finally:
-        for worker in workers:
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.wait()
+                left.remove(job)
+                outcome = f"done, {seconds:.0f} s"
+                if code != 0:
+                    lost = [other for other in left if _needs(other.run, job.run)]
+                    left[:] = [other for other in left if other not in lost]
+                    failed += 1 + len(lost)
+                    outcome = f"failed, see {log_file(job.run)}" + (f"; {len(lost)} students need it" if lost else "")
+                print(f"[{total - len(left)}/{total}] {job.run.name}: {outcome}", flush=True)
     return failed
 
 
-def with_teachers(runs: Sequence[tuple[str, Run]]) -> list[tuple[str, Run]]:
-    """The runs that are not done, each once, and before them those of the teachers that they need."""
-    found: list[tuple[str, Run]] = []
-    seen: set[Path] = set()
+def with_teachers(runs: Sequence[tuple[str, Run]]) -> list[Job]:
+    """The runs that are not done, each once, and the teachers that they need before all of them."""
+    found: dict[Path, Job] = {}
     for study, run in runs:
         for each in (run.teacher, run):
-            if each is not None and each.result_file not in seen:
-                seen.add(each.result_file)
-                found += [] if each.is_done else [(study, each)]
-    # teachers first, so that a second process can go on with students as soon as one is there
-    return sorted(found, key=lambda pair: not pair[1].is_teacher)
+            if each is not None and each.result_file not in found and not each.is_done:
+                found[each.result_file] = Job(study, each)
+    return sorted(found.values(), key=lambda job: not job.run.is_teacher)
 
 
 def log_file(run: Run) -> Path:
@@ -102,18 +118,21 @@ def log_file(run: Run) -> Path:
     return run.checkpoint.with_suffix(".log")
 
 
-def _same(run: Run, others: Sequence[Run]) -> bool:
-    return any(other.result_file == run.result_file for other in others)
+@contextmanager
+def stopped_at_the_end(jobs: Sequence[Job]) -> Iterator[None]:
+    """Stop the processes that are still at work, however the context is left; SIGTERM leaves it too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for job in jobs:
+            if job.process is not None:
+                job.process.terminate()
+        for job in jobs:
+            if job.process is not None:
+                job.process.wait()
 
 
-def _start(study: str, run: Run, jobs: int, device: str | None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "experiments", "one", study, run.variant.name, str(run.seed)]
-    command += ["--size", run.place.size, "--source", run.place.source]
-    command += ["--results", str(run.place.results), "--state", str(run.place.state)]
-    command += ["--device", device] if device else []
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    log = log_file(run)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as stream:
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        return subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream, env=environment)
+def _needs(run: Run, other: Run) -> bool:
+    return run.teacher is not None and run.teacher.result_file == other.result_file
