@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     place.add_argument("--source", default="packs", help="packs, or torchvision to download CIFAR (default: packs)")
     place.add_argument("--results", type=Path, help="folder of the results (default: results)")
     place.add_argument("--state", type=Path, help="folder of checkpoints (default: resource/experiments)")
+    place.add_argument("--studies", type=Path, help="folder that has studies and settings (default: experiments)")
     listed = commands.add_parser("list", parents=[place], help="the studies, and which of their runs are done")
     listed.add_argument("names", nargs="*", metavar="NAME")
     run = commands.add_parser("run", parents=[place], help="do the runs that are missing or out of date")

@@ -7,29 +7,32 @@ import logging
 
 from experiments.runs import Place, Run, runs_of
 from experiments.schedule import BUSY, run_all
-from experiments.study import load_study, study_names
+from experiments.study import Study, load_study, study_names
 from experiments.work import perform
 from torchdistill_adv.errors import ConfigError
+
+FOLDERS = ("results", "state", "studies")
 
 
 def place_of(args: argparse.Namespace) -> Place:
     """Where the command line says."""
-    given = {name: getattr(args, name) for name in ("results", "state") if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in FOLDERS if getattr(args, name) is not None}
     return Place(args.size, args.source, **{name: path.resolve() for name, path in given.items()})
 
 
-def names_of(args: argparse.Namespace) -> list[str]:
+def studies_of(args: argparse.Namespace) -> list[Study]:
     """The studies that are named; all for none."""
-    return study_names() if args.names in ([], ["all"]) else args.names
+    folder = place_of(args).studies
+    names = study_names(folder) if args.names in ([], ["all"]) else args.names
+    return [load_study(name, folder) for name in names]
 
 
 def list_command(args: argparse.Namespace) -> int:
     """Print every study and the state of its runs."""
     place = place_of(args)
-    for name in names_of(args):
-        study = load_study(name)
+    for study in studies_of(args):
         runs = runs_of(study, place)
-        print(f"{name}: {study.title}")
+        print(f"{study.name}: {study.title}")
         for variant in study.variants:
             own = [run for run in runs if run.variant is variant]
             states = [run.differs() for run in own]
@@ -45,26 +48,26 @@ def list_command(args: argparse.Namespace) -> int:
 def run_command(args: argparse.Namespace) -> int:
     """Do the runs of studies."""
     place = place_of(args)
-    part, _, parts = args.part.partition("/")
     try:
-        part, parts = int(part), int(parts)
+        part, parts = map(int, args.part.split("/"))
         if not 1 <= part <= parts:
             raise ValueError
     except ValueError:
         raise ConfigError(f"found {args.part!r}; write 1/3, 2/3 or 3/3", "--part") from None
     runs: list[tuple[str, Run]] = []
-    for name in names_of(args):
-        found = runs_of(load_study(name), place, args.only)
-        runs += [(name, run) for run in found if args.seeds is None or run.seed < args.seeds]
+    for study in studies_of(args):
+        found = runs_of(study, place, args.only)
+        runs += [(study.name, run) for run in found if args.seeds is None or run.seed < args.seeds]
     return min(1, run_all(runs[part - 1 :: parts], args.jobs, args.budget, args.device))
 
 
 def one_command(args: argparse.Namespace) -> int:
     """Do one run, in this process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    study = load_study(args.study)
+    place = place_of(args)
+    study = load_study(args.study, place.studies)
     known = {variant.name: variant for variant in (*study.variants, *study.setting.teachers.values())}
-    run = Run(study.setting, known[args.variant], args.seed, place_of(args))
+    run = Run(study.setting, known[args.variant], args.seed, place)
     return 0 if perform(run, args.device) else BUSY
 
 
@@ -72,6 +75,6 @@ def table_command(args: argparse.Namespace) -> int:
     """Write the pages of studies."""
     from experiments.pages import write_pages
 
-    for path in write_pages([load_study(name) for name in names_of(args)], place_of(args)):
+    for path in write_pages(studies_of(args), place_of(args)):
         print(path)
     return 0

@@ -48,7 +48,6 @@ class Images(Dataset[tuple[Tensor, int]]):
             ``labels`` (N); CIFAR-10, and 100 classes of Tiny-ImageNet in the place of CIFAR-100.
         num_train: training images; by default all that are not for validation.
         num_val: validation images.
-        num_test: the first so many test images; by default all.
         is_normalized: by the mean and standard deviation of the CIFAR-100 configurations; else pixels of [0, 1].
 
     Raises:
@@ -62,13 +61,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         source: str,
         num_train: int | None = None,
         num_val: int = 1000,
-        num_test: int | None = None,
         is_normalized: bool = False,
     ) -> None:
         for value, known, path in ((name, PACKS, "name"), (split, SPLITS, "split"), (source, SOURCES, "source")):
             if value not in known:
                 raise ConfigError(f"found {value!r}; {nearest(value, known)}", path)
-        pixels, self.targets = load(name, source, split, num_train, num_val, num_test)
+        pixels, self.targets = load(name, source, split, num_train, num_val)
         self.is_augmented = split == "train"
         width = PADDING if self.is_augmented else 0
         padded = np.pad(pixels, ((0, 0), (width, width), (width, width), (0, 0)))
@@ -91,14 +89,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         return (image.float() / 255 - self.mean) / self.std, self.targets[index]
 
 
-def load(
-    name: str, source: str, split: str, num_train: int | None, num_val: int, num_test: int | None
-) -> tuple[Pixels, list[int]]:
+def load(name: str, source: str, split: str, num_train: int | None, num_val: int) -> tuple[Pixels, list[int]]:
     """Pixels (N, 32, 32, 3) of a split, and labels."""
     is_test = split == "test"
     total, read = open_pack(PACKS[name][is_test]) if source == "packs" else open_torchvision(name, not is_test)
     if is_test:
-        chosen = list(range(min(total, num_test or total)))
+        chosen = list(range(total))
     else:
         order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
         num_train = total - num_val if num_train is None else num_train

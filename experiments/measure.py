@@ -13,6 +13,7 @@ from torchdistill.models.registry import get_model
 from experiments.data import NORMALIZATION, Images
 from experiments.runs import Run
 from torchdistill_adv.evaluation import evaluate
+from torchdistill_adv.evaluation.blocks import subset
 from torchdistill_adv.evaluation.similarity import boundary_similarity, describe_similarity
 from torchdistill_adv.runner.check import student_name
 from torchdistill_adv.runner.config import plain_config
@@ -42,8 +43,8 @@ def measure(run: Run, network: nn.Module, device: str | None) -> dict[str, Any]:
     found["outcomes"] = {result.attack: pack(result.outcomes) for result in results}
     teacher = run.teacher
     if "similarity" in measures and teacher is not None:
-        count = min(len(images), measures["similarity"]["num_images"])
-        pixels, labels = zip(*(images[i] for i in range(count)), strict=True)
+        chosen = subset(len(images), measures["similarity"]["num_images"], 0)
+        pixels, labels = zip(*(images[i] for i in chosen), strict=True)
         threat = ThreatModel(float("inf"), norm="l2", space="input", **normalization)
         networks = (load_network(teacher, teacher.best_checkpoint).to(where), network)
         for each in networks:

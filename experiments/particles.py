@@ -23,9 +23,9 @@ CHUNK_SIZE = 100  # rows through the teacher at once
 def search_and_measure(run: Run, device: str | None = None) -> dict[str, Any]:
     """Means over test images that the teacher classifies rightly, with the seed's images and random starts.
 
-    ``sse`` is :func:`~torchdistill_adv.evaluation.diversity.sse`; ``fooled`` the share of the particles, in percent, that
-    the teacher does not classify rightly; ``divergence`` the mean of KL(T(x') || T(x)); ``length`` the mean l2 distance
-    from the image, in model-input space.
+    ``sse`` is :func:`~torchdistill_adv.evaluation.diversity.sse`; ``fooled`` the share of the particles, in percent,
+    that the teacher does not classify rightly; ``divergence`` the mean of KL(T(x') || T(x)); ``length`` the mean l2
+    distance from the image, in model-input space.
     """
     assert run.teacher is not None and run.variant.search is not None
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.fingerprint import code_digests, differing, digest, modules_of
-from experiments.study import ROOT, Setting, Size, Study, Variant
+from experiments.study import HERE, ROOT, Setting, Size, Study, Variant
+from torchdistill_adv.checks import number
 from torchdistill_adv.errors import ConfigError, nearest
 from torchdistill_adv.runner.check import student_name
 from torchdistill_adv.runner.config import TaggedYAML, plain_config
@@ -29,12 +30,14 @@ class Place:
         source: of the images.
         results: folder of the JSON files.
         state: folder of checkpoints.
+        studies: folder that has ``studies`` and ``settings``.
     """
 
     size: str = "small"
     source: str = "packs"
     results: Path = ROOT / "results"
     state: Path = ROOT / "resource" / "experiments"
+    studies: Path = HERE
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,11 @@ class Run:
                 "threat": {"norm": "linf", "eps": self.measures["robustness"]["eps"], "space": "pixel", **PIXELS},
                 "ckpt": str(self.checkpoint),
             }
+            found |= with_radius(plain, self.measures["robustness"]["eps"])
         else:
             # without validation the runner saves every epoch's student, so the last one is left
             found["train.val_data_loader"] = {}
-        terms = plain["train"]["criterion"]["kwargs"]["sub_terms"]
-        for option, value in self.size.options.items():
-            if option.partition(".")[0] in terms:
-                found[option_path(option)] = value
+        found |= {option_path(o): value for o, value in self.size.options.items() if _has(plain, option_path(o))}
         found |= {option_path(option): value for option, value in self.variant.options.items()}
         return {**found, **self.variant.overrides}
 
@@ -209,6 +210,19 @@ def runs_of(study: Study, place: Place, only: Sequence[str] = ()) -> list[Run]:
     return [
         Run(study.setting, variant, seed, place) for seed in range(last) for variant in variants if seed < variant.seeds
     ]
+
+
+def with_radius(plain: Mapping[str, Any], eps: Any) -> dict[str, Any]:
+    """Overrides that give every adversarial term of a configuration a radius, and steps of the same part of it."""
+    found: dict[str, Any] = {}
+    for name, term in plain["train"]["criterion"]["kwargs"]["sub_terms"].items():
+        kwargs = term["criterion"]["kwargs"]
+        if "threat" in kwargs:
+            found[option_path(f"{name}.threat.eps")] = eps
+            ratio = number(eps, "eps") / number(kwargs["threat"]["eps"], "eps")
+            step_size = number(kwargs["adversary"]["kwargs"]["step_size"], "step_size")
+            found[option_path(f"{name}.adversary.kwargs.step_size")] = ratio * step_size
+    return found
 
 
 def option_path(option: str) -> str:

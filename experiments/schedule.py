@@ -42,12 +42,12 @@ class Job:
         place = self.run.place
         command = [sys.executable, "-m", "experiments", "one", self.study, self.run.variant.name, str(self.run.seed)]
         command += ["--size", place.size, "--source", place.source]
-        command += ["--results", str(place.results), "--state", str(place.state)]
+        command += ["--results", str(place.results), "--state", str(place.state), "--studies", str(place.studies)]
         command += ["--device", device] if device else []
         log = log_file(self.run)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream, env=environment)
         self.started = time.monotonic()
 
@@ -104,13 +104,13 @@ def run_all(
 
 
 def with_teachers(runs: Sequence[tuple[str, Run]]) -> list[Job]:
-    """The runs that are not done, each once, and the teachers that they need before all of them."""
+    """The runs that are not done, each once, and before it the teacher that it needs."""
     found: dict[Path, Job] = {}
     for study, run in runs:
         for each in (run.teacher, run):
             if each is not None and each.result_file not in found and not each.is_done:
                 found[each.result_file] = Job(study, each)
-    return sorted(found.values(), key=lambda job: not job.run.is_teacher)
+    return list(found.values())
 
 
 def log_file(run: Run) -> Path:

@@ -106,16 +106,16 @@ class Comparison:
     """A claim that is tested: one variant against another, seed by seed.
 
     Args:
+        says: the question.
         variant: name of the one.
         reference: name of the other.
-        measure: that counts, or several; a path such as ``last.pgd20``.
-        says: the question, for the page.
+        measure: that counts; a path such as ``last.pgd20``.
     """
 
+    says: str
     variant: str
     reference: str
     measure: str
-    says: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,11 @@ class Study:
         setting: that its variants share.
         variants: in the order of the table.
         columns: measures in the table, heading by path.
-        comparisons: what is compared.
+        reference: every other variant is compared with it: ``{variant, measure}``.
+        comparisons: what else is compared.
         notes: what a reader has to know.
-        chart: of the picture, ``{x, y, lines}``.
+        chart: of the picture, as :mod:`experiments.charts` has it.
+        readme: columns of its table in the README; empty for none.
     """
 
     name: str
@@ -140,17 +142,19 @@ class Study:
     setting: Setting
     variants: tuple[Variant, ...]
     columns: Mapping[str, str]
+    reference: Mapping[str, str] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
     notes: Sequence[str] = ()
     chart: Mapping[str, Any] = field(default_factory=dict)
+    readme: Sequence[str] = ()
 
     def variant(self, name: str) -> Variant:
         """The one of that name."""
         return next(variant for variant in self.variants if variant.name == name)
 
 
-def study_names() -> list[str]:
-    return sorted(path.stem for path in (HERE / "studies").glob("*.yaml"))
+def study_names(folder: Path = HERE) -> list[str]:
+    return sorted(path.stem for path in (folder / "studies").glob("*.yaml"))
 
 
 def load_study(name: str, folder: Path = HERE) -> Study:

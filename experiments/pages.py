@@ -1,0 +1,212 @@
+"""The page of a study: what was asked, how it was measured, what was found, what was not run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.charts import draw
+from experiments.findings import Findings
+from experiments.intervals import Estimate
+from experiments.runs import Place, runs_of
+from experiments.study import ROOT, Study
+from torchdistill_adv.report.style import LIGHT, render
+
+PAGES = ROOT / "docs" / "results"
+README = ROOT / "README.md"
+OUTDATED = " †"
+MARKS = "<!-- python -m experiments table {name} writes what follows -->\n", "<!-- until here: {name} -->\n"
+SOURCES = {
+    "packs": {
+        "cifar10": "CIFAR-10, stored as JPEG of quality 75",
+        "cifar100": "100 classes of Tiny-ImageNet at 32 x 32, stored as JPEG",
+    },
+    "torchvision": {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"},
+}
+
+
+def write_pages(studies: Sequence[Study], place: Place, folder: Path = PAGES, readme: Path = README) -> list[Path]:
+    """Write the pages, pictures and tables of the README of studies.
+
+    Returns:
+        The files that were written.
+    """
+    written = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for study in studies:
+        findings = Findings.read(study, place)
+        picture = folder / f"{study.name}.png"
+        if findings.results:
+            picture.write_bytes(render(lambda findings=findings: draw(findings))[LIGHT])  # type: ignore[misc]
+            written.append(picture)
+        path = folder / f"{study.name}.md"
+        path.write_text(page(findings), encoding="utf-8")
+        written.append(path)
+        if study.readme and readme.exists():
+            readme.write_text(with_table(readme.read_text(encoding="utf-8"), findings), encoding="utf-8")
+            written.append(readme)
+    return written
+
+
+def page(findings: Findings) -> str:
+    """Markdown of a study."""
+    study, place = findings.study, findings.place
+    flags = "" if place == Place() else f" --size {place.size} --source {place.source}"
+    parts = [
+        f"# {study.title}",
+        study.question.strip(),
+        f"`python -m experiments run {study.name}{flags}` and then `python -m experiments table {study.name}{flags}` "
+        f"write this page.\n[{study.name}.yaml](../../experiments/studies/{study.name}.yaml) is the study, "
+        f"[{study.setting.name}.yaml](../../experiments/settings/{study.setting.name}.yaml) what its variants share.",
+        *(f"![{study.title}]({study.name}.png)" for _ in range(bool(findings.results))),
+        "## Results",
+        *([table(findings, study.columns)] if findings.results else ["Nothing has been run yet."]),
+        *_comparisons(findings),
+        *_notes(findings),
+        "## How it was measured",
+        *_setup(findings),
+        "## Not run",
+        *_not_run(findings),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(findings: Findings, columns: Mapping[str, str], links: str = "../..") -> str:
+    """Markdown: a line for every variant, means and 95 % intervals over its seeds."""
+    reference = findings.study.reference
+    heads = ["", "seeds", *columns.values()]
+    heads += [f"{columns.get(reference['measure'], 'difference')} - {reference['variant']}"] if reference else []
+    lines = [heads, ["---"] * len(heads)]
+    for variant in findings.variants:
+        label = f"[{variant.name}]({links}/configs/{variant.config}.yaml)" if variant.config else variant.name
+        label += OUTDATED if variant.name in findings.marked else ""
+        cells = [f"{label}: {variant.note}" if variant.note else label, str(len(findings.results[variant.name]))]
+        for measure, heading in columns.items():
+            found = findings.estimate(variant.name, measure)
+            cells.append(_cell(found, heading))
+        if reference:
+            found = findings.difference(variant.name, reference["variant"], reference["measure"])
+            cells.append("" if found is None else f"{found.text(1, sign=True)}{_mark(found)}")
+        lines.append(cells)
+    return _markdown(lines)
+
+
+def with_table(text: str, findings: Findings) -> str:
+    """The README with the study's table between its marks."""
+    study = findings.study
+    begin, end = (mark.format(name=study.name) for mark in MARKS)
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        return text
+    columns = {measure: study.columns[measure] for measure in study.readme}
+    return f"{before}{begin}\n{table(findings, columns, '.')}\n\n{end}{after}"
+
+
+def digits_of(heading: str) -> int:
+    """Decimals of a column: shares of one have three, percent one, seconds none."""
+    return 1 if "%" in heading else 0 if "seconds" in heading else 3
+
+
+def _cell(found: Estimate | None, heading: str) -> str:
+    return "" if found is None else found.text(digits_of(heading))
+
+
+def _mark(found: Estimate) -> str:
+    return {"higher": " **+**", "lower": " **-**"}.get(found.verdict, "")
+
+
+def _comparisons(findings: Findings) -> Iterable[str]:
+    rows = [["question", "difference", "95 % interval", ""], ["---"] * 4]
+    for comparison in findings.study.comparisons:
+        found = findings.difference(comparison.variant, comparison.reference, comparison.measure)
+        names = f"{comparison.variant} - {comparison.reference}, `{comparison.measure}`"
+        names += OUTDATED if findings.marked & {comparison.variant, comparison.reference} else ""
+        if found is None:
+            rows.append([f"{comparison.says}<br>{names}", "", "", "not run"])
+            continue
+        width = found.half_width
+        interval = "" if width is None else f"{found.mean - width:+.2f} to {found.mean + width:+.2f}"
+        rows.append([f"{comparison.says}<br>{names}", f"{found.mean:+.2f}", interval, found.verdict])
+    if len(rows) > 2:
+        yield "## Differences"
+        yield _markdown(rows)
+
+
+def _notes(findings: Findings) -> Iterable[str]:
+    notes = list(findings.study.notes)
+    flags: Counter[tuple[str, str]] = Counter()
+    for name, results in findings.results.items():
+        for result in results.values():
+            flags.update({(name, flag["name"]) for flag in result["measured"].get("last", {}).get("flags", ())})
+    notes += [f"Flagged by the evaluation: {name}, {flag} ({count} runs)." for (name, flag), count in flags.items()]
+    if notes:
+        yield "\n".join(f"* {note.strip()}" for note in notes)
+
+
+def _setup(findings: Findings) -> Iterable[str]:
+    study, place = findings.study, findings.place
+    size = study.setting.sizes[place.size]
+    images = f"{SOURCES[place.source][study.setting.data]}."
+    yield f"{images} {size.description.strip()}"
+    robustness = {**study.setting.measures, **size.measures}.get("robustness")
+    if robustness:
+        yield (
+            f"Attacks within {robustness['eps']} in l-infinity on {robustness.get('num_images', 'all')} test images, "
+            "clean accuracy on all of them. *last* is the checkpoint of the last epoch, *best* the one that withstood "
+            "PGD-10 best on the validation images; the test images were used for nothing but these numbers."
+        )
+    yield (
+        "Means over the seeds, with 95 % intervals of Student's t. A difference is taken seed by seed, of students "
+        "that began with equal weights and saw equal batches; its interval is for other seeds and, where the outcome of "
+        "every image is known, other images too. Where it contains zero there is *no difference*; of twenty such "
+        "comparisons without any difference, one is expected to look like one."
+    )
+    results = [result for of_variant in findings.results.values() for result in of_variant.values()]
+    if results:
+        machines = Counter(_machine(result["machine"]) for result in results)
+        commits = Counter(result["commit"][:7] + (" with changes" if result["changed"] else "") for result in results)
+        teachers = Counter(
+            f"{result['teacher']['name']} {result['teacher']['weights'][:8]}" for result in results if result["teacher"]
+        )
+        hours = sum(result["wall_seconds"] for result in results) / 3600
+        facts = [
+            f"{len(results)} runs, {hours:.1f} hours of one process each; seconds are of training, several at a time",
+            *(f"{machine} ({count} runs)" for machine, count in machines.items()),
+            "commits " + ", ".join(f"{commit} ({count})" for commit, count in commits.items()),
+            "teachers, by their weights: " + ", ".join(f"{who} ({count})" for who, count in teachers.items()),
+        ]
+        yield "\n".join(f"* {fact}" for fact in facts if not fact.endswith(": "))
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    where = facts["device"] if facts["device"] != "cpu" else f"{facts['processor']}, {facts['threads']} thread a run"
+    return f"{where}; torch {facts['torch'].partition('+')[0]}, torchdistill {facts['torchdistill']}"
+
+
+def _not_run(findings: Findings) -> Iterable[str]:
+    study, place = findings.study, findings.place
+    lines = []
+    missing = Counter(run.variant.name for run in findings.missing)
+    for name, count in missing.items():
+        lines.append(f"{name}: {count} of {study.variant(name).seeds} seeds")
+    if findings.outdated:
+        names = ", ".join(f"{run.variant.name} ({run.seed})" for run, _ in findings.outdated)
+        files = ", ".join(f"`{file}`" for file in sorted({file for _, files in findings.outdated for file in files}))
+        lines.append(
+            f"{OUTDATED.strip()} with the code of today: since these (seed in brackets) {files} changed: {names}"
+        )
+    for other in study.setting.sizes:
+        if other != place.size:
+            done = sum(run.result_file.exists() for run in runs_of(study, Place(other, "torchvision", place.results)))
+            lines.append(
+                f"the size *{other}*: {study.setting.sizes[other].description.strip()} {done} runs are done. "
+                f"`python -m experiments run {study.name} --size {other} --source torchvision --jobs 1`"
+            )
+    yield "\n".join(f"* {line}" for line in lines) if lines else "Everything was run."
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
