@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     args = parser().parse_args(arguments)
     try:
-        return int(_run(args))
+        return _run(args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     from experiments import commands
 
     command = getattr(commands, f"{args.command}_command")
-    return command(args)  # type: ignore[no-any-return]
+    return int(command(args))
 
 
 if __name__ == "__main__":

@@ -79,8 +79,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _module_of(entry: Any) -> list[str]:
-    name = getattr(entry, "__module__", None)
-    name = name or getattr(getattr(entry, "function", None), "__module__", "")
+    name = getattr(entry, "__module__", None) or ""
     return [name] if name.startswith(PACKAGES) else []
 
 

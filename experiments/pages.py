@@ -160,8 +160,8 @@ def _setup(findings: Findings) -> Iterable[str]:
         )
     yield (
         "Means over the seeds, with 95 % intervals of Student's t. A difference is taken seed by seed, of students "
-        "that began with equal weights and saw equal batches; its interval is for other seeds and, where the outcome of "
-        "every image is known, other images too. Where it contains zero there is *no difference*; of twenty such "
+        "that began with equal weights and saw equal batches; its interval is for other seeds and, where the outcome "
+        "of every image is known, other images too. Where it contains zero there is *no difference*; of twenty such "
         "comparisons without any difference, one is expected to look like one."
     )
     results = [result for of_variant in findings.results.values() for result in of_variant.values()]

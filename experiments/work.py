@@ -45,6 +45,7 @@ def _perform(run: Run, device: str | None) -> None:
     started, cpu = time.time(), time.process_time()
     found = (train_and_measure if run.variant.search is None else search_and_measure)(run, device)
     teacher = run.teacher and run.teacher.result()
+    taught_by = "best" if run.is_robust else "last"
     result = {
         "setting": run.setting.name,
         "variant": run.variant.name,
@@ -53,7 +54,7 @@ def _perform(run: Run, device: str | None) -> None:
         "config": f"configs/{run.variant.config}.yaml" if run.variant.config else None,
         "overrides": _shown(run),
         "images": {**run.images(), "sha256": {s: Images(split=s, **run.images()).digest for s in ("train", "test")}},
-        "teacher": {"name": run.variant.teacher, "weights": teacher["weights"]["best"]} if teacher else None,
+        "teacher": {"name": run.variant.teacher, "weights": teacher["weights"][taught_by]} if teacher else None,
         **commit,
         "machine": machine(device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
