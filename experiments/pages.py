@@ -73,13 +73,17 @@ def page(findings: Findings) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(findings: Findings, columns: Mapping[str, str], links: str = "../..") -> str:
-    """Markdown: a line for every variant, means and 95 % intervals over its seeds."""
+def table(
+    findings: Findings, columns: Mapping[str, str], links: str = "../..", only: Sequence[str] | None = None
+) -> str:
+    """Markdown: a line for every variant, or those in ``only``, with means and 95 % intervals over its seeds."""
     reference = findings.study.reference
     heads = ["", "seeds", *columns.values()]
     heads += [f"{columns.get(reference['measure'], 'difference')} - {reference['variant']}"] if reference else []
     lines = [heads, ["---"] * len(heads)]
     for variant in findings.variants:
+        if only is not None and variant.name not in only:
+            continue
         label = f"[{variant.name}]({links}/configs/{variant.config}.yaml)" if variant.config else variant.name
         label += OUTDATED if variant.name in findings.marked else ""
         cells = [f"{label}: {variant.note}" if variant.note else label, str(len(findings.results[variant.name]))]
@@ -101,8 +105,8 @@ def with_table(text: str, findings: Findings) -> str:
     _, found, after = rest.partition(end)
     if not found:
         return text
-    columns = {measure: study.columns[measure] for measure in study.readme}
-    return f"{before}{begin}\n{table(findings, columns, '.')}\n\n{end}{after}"
+    columns = {measure: study.columns[measure] for measure in study.readme["columns"]}
+    return f"{before}{begin}\n{table(findings, columns, '.', study.readme['variants'])}\n\n{end}{after}"
 
 
 def digits_of(heading: str) -> int:
@@ -171,7 +175,7 @@ def _setup(findings: Findings) -> Iterable[str]:
         teachers = Counter(
             f"{result['teacher']['name']} {result['teacher']['weights'][:8]}" for result in results if result["teacher"]
         )
-        hours = sum(result["wall_seconds"] for result in results) / 3600
+        hours = sum(max(result["wall_seconds"], result.get("seconds", 0)) for result in results) / 3600
         facts = [
             f"{len(results)} runs, {hours:.1f} hours of one process each; seconds are of training, several at a time",
             *(f"{machine} ({count} runs)" for machine, count in machines.items()),

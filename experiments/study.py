@@ -133,7 +133,7 @@ class Study:
         comparisons: what else is compared.
         notes: what a reader has to know.
         chart: of the picture, as :mod:`experiments.charts` has it.
-        readme: columns of its table in the README; empty for none.
+        readme: ``columns`` and ``variants`` of its table in the README; empty for none.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Study:
     comparisons: tuple[Comparison, ...] = ()
     notes: Sequence[str] = ()
     chart: Mapping[str, Any] = field(default_factory=dict)
-    readme: Sequence[str] = ()
+    readme: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def variant(self, name: str) -> Variant:
         """The one of that name."""

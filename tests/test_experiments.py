@@ -66,7 +66,7 @@ STUDY = {
     "reference": {"variant": "PGD-AT", "measure": "last.pgd3"},
     "comparisons": [{"says": "A teacher?", "variant": "RSLAD", "reference": "PGD-AT", "measure": "last.pgd3"}],
     "chart": {"kind": "dots", "measures": {"last.clean": "clean, %"}},
-    "readme": ["last.clean"],
+    "readme": {"columns": ["last.clean"], "variants": ["RSLAD"]},
 }
 
 
@@ -502,6 +502,7 @@ def test_a_page_has_the_numbers_of_the_results(done, tmp_path):
     assert (tmp_path / "docs" / "one.png").read_bytes().startswith(b"\x89PNG")
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("after\n") and "| [RSLAD](./configs" in readme
+    assert "[PGD-AT]" in text and "[PGD-AT]" not in readme
     again = pages.with_table(readme, findings_of(done))
     assert again == readme
 
