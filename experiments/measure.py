@@ -31,14 +31,15 @@ def measure(run: Run, network: nn.Module, device: str | None) -> dict[str, Any]:
     images = Images(split="test", **run.images())
     normalization = NORMALIZATION if run.setting.is_normalized else {"mean": (0.0,), "std": (1.0,)}
     results = [evaluate(network, images, attacks="clean", batch_size=500, **normalization).result("clean")]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"flags": [], "found_by": {}}
     measures = run.measures
-    if "robustness" in measures:
-        evaluation = evaluate(network, images, **measures["robustness"], **normalization)
-        results += [result for result in evaluation.results if result.attack != "clean"]
-        found["flags"] = [{"name": flag.name, "message": flag.message} for flag in evaluation.flags]
-        found["found_by"] = {result.attack: dict(result.found_by) for result in results if result.found_by}
-        found["attacked"] = evaluation.facts["data"]["indices"]
+    for name in ("robustness", "autoattack"):
+        if name in measures:
+            evaluation = evaluate(network, images, **measures[name], **normalization)
+            known = [result.attack for result in results]
+            results += [result for result in evaluation.results if result.attack not in known]
+            found["flags"] += [{"name": flag.name, "message": flag.message} for flag in evaluation.flags]
+            found["found_by"] |= {each.attack: dict(each.found_by) for each in evaluation.results if each.found_by}
     found |= {result.attack: result.accuracy for result in results}
     found["outcomes"] = {result.attack: pack(result.outcomes) for result in results}
     teacher = run.teacher

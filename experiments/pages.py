@@ -11,12 +11,16 @@ from experiments.charts import draw
 from experiments.findings import Findings
 from experiments.intervals import Estimate
 from experiments.runs import Place, runs_of
-from experiments.study import ROOT, Study
+from experiments.study import ROOT, Study, load_study, study_names
 from torchdistill_adv.report.style import LIGHT, render
 
 PAGES = ROOT / "docs" / "results"
 README = ROOT / "README.md"
 OUTDATED = " †"
+REFERENCE = (
+    "The last column is the difference to {variant} in `{measure}`, with its 95 % interval: **+** is higher, **-** "
+    "lower, and without a mark there is no difference."
+)
 MARKS = "<!-- python -m experiments table {name} writes what follows -->\n", "<!-- until here: {name} -->\n"
 SOURCES = {
     "packs": {
@@ -26,6 +30,27 @@ SOURCES = {
     "torchvision": {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"},
 }
 
+OVERVIEW = """\
+# Results
+
+One code base, equal teachers, schedules and evaluation; every number from a file in [results](../../results) that has
+its configuration, seed, commit and machine. `python -m experiments table all` writes all of this.
+
+```sh
+pip install '.[experiments]'
+python -m experiments list                                          # studies, what is done, what is out of date
+EXPERIMENTS_PACKS=FOLDER python -m experiments run all --budget 60  # an hour; the next time it goes on
+python -m experiments run robust --source torchvision               # downloads CIFAR, and has results of its own
+python -m experiments run robust --size full --source torchvision --jobs 1  # ResNet-18 for 200 epochs, on a GPU
+python -m experiments table all                                     # pages, pictures, the tables of the README
+```
+
+`--part 1/3` to `3/3` share the runs between machines: copy their result files together. A result whose configuration
+has changed counts as missing; one with other code is shown with †, until it is run again. A study is a
+[YAML file](../../experiments/studies), and `--studies FOLDER` takes your own.
+
+Accuracies are in percent. **No difference** is one within its 95 % interval, whatever it may be with more seeds."""
+
 
 def write_pages(studies: Sequence[Study], place: Place, folder: Path = PAGES, readme: Path = README) -> list[Path]:
     """Write the pages, pictures and tables of the README of studies.
@@ -33,8 +58,10 @@ def write_pages(studies: Sequence[Study], place: Place, folder: Path = PAGES, re
     Returns:
         The files that were written.
     """
-    written = []
+    written = [folder / "README.md"]
     folder.mkdir(parents=True, exist_ok=True)
+    everything = [Findings.read(load_study(name, place.studies), place) for name in study_names(place.studies)]
+    written[0].write_text(overview(everything), encoding="utf-8")
     for study in studies:
         findings = Findings.read(study, place)
         picture = folder / f"{study.name}.png"
@@ -63,6 +90,7 @@ def page(findings: Findings) -> str:
         *(f"![{study.title}]({study.name}.png)" for _ in range(bool(findings.results))),
         "## Results",
         *([table(findings, study.columns)] if findings.results else ["Nothing has been run yet."]),
+        *([REFERENCE.format(**study.reference)] if study.reference and findings.results else []),
         *_comparisons(findings),
         *_notes(findings),
         "## How it was measured",
@@ -71,6 +99,43 @@ def page(findings: Findings) -> str:
         *_not_run(findings),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def overview(everything: Sequence[Findings]) -> str:
+    """Markdown of all studies: what each asks, and what its differences say in words."""
+    parts = [OVERVIEW]
+    for findings in everything:
+        study = findings.study
+        runs = sum(map(len, findings.results.values()))
+        total = runs + len(findings.missing)
+        marked = f", {len(findings.outdated)} of them with older code{OUTDATED}" if findings.outdated else ""
+        parts.append(f"## [{study.title}]({study.name}.md)")
+        parts.append(f"{study.question.strip()} {runs} of {total} runs{marked}.")
+        lines = [*_against_reference(findings)]
+        for comparison in study.comparisons:
+            found = findings.difference(comparison.variant, comparison.reference, comparison.measure)
+            if found is not None and found.half_width is not None:
+                names = f"{comparison.variant} against {comparison.reference}"
+                lines.append(f"{comparison.says}: {names}, {found.text(2, sign=True)}, **{found.verdict}**")
+        parts += ["\n".join(f"* {line}" for line in lines)] if lines else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _against_reference(findings: Findings) -> Iterable[str]:
+    """The variants that exceed the reference of a study, those that do not, and those that fall below."""
+    reference = findings.study.reference
+    if not reference:
+        return
+    name, measure = reference["variant"], reference["measure"]
+    heading = findings.study.columns[measure]
+    groups: dict[str, list[str]] = {}
+    for variant in findings.variants:
+        found = findings.difference(variant.name, name, measure)
+        if found is not None and found.half_width is not None:
+            groups.setdefault(found.verdict, []).append(variant.name)
+    for verdict in ("higher", "no difference", "lower"):
+        if verdict in groups:
+            yield f"{heading}, against {name}: **{verdict}** {', '.join(groups[verdict])}"
 
 
 def table(
@@ -155,12 +220,14 @@ def _setup(findings: Findings) -> Iterable[str]:
     size = study.setting.sizes[place.size]
     images = f"{SOURCES[place.source][study.setting.data]}."
     yield f"{images} {size.description.strip()}"
-    robustness = {**study.setting.measures, **size.measures}.get("robustness")
-    if robustness:
+    measures = {**study.setting.measures, **size.measures}
+    if "robustness" in measures:
+        strong, strongest = (measures[name].get("num_images", "all") for name in ("robustness", "autoattack"))
         yield (
-            f"Attacks within {robustness['eps']} in l-infinity on {robustness.get('num_images', 'all')} test images, "
-            "clean accuracy on all of them. *last* is the checkpoint of the last epoch, *best* the one that withstood "
-            "PGD-10 best on the validation images; the test images were used for nothing but these numbers."
+            f"Attacks within {measures['robustness']['eps']} in l-infinity: FGSM, PGD-20 and CW (30 steps on the "
+            f"margin), each from one start, on {strong} test images, and AutoAttack on {strongest} of them, for its cost; clean "
+            "accuracy on all. *last* is the checkpoint of the last epoch, *best* the one that withstood PGD-10 best "
+            "on the validation images; the test images were used for nothing but these numbers."
         )
     yield (
         "Means over the seeds, with 95 % intervals of Student's t. A difference is taken seed by seed, of students "

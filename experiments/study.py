@@ -87,8 +87,8 @@ class Setting:
         name: of its file.
         data: name of the images, as :class:`experiments.data.Images` knows it.
         is_normalized: whether networks take normalized images; else they take pixels.
-        measures: ``robustness`` (arguments of :func:`torchdistill_adv.evaluation.evaluate`), ``similarity``
-            (``num_images``), ``diversity`` (``num_images`` and ``threat``).
+        measures: ``robustness`` and ``autoattack`` (arguments of :func:`torchdistill_adv.evaluation.evaluate`),
+            ``similarity`` (``num_images``), ``diversity`` (``num_images``, ``threat`` and ``search``).
         teachers: by name.
         sizes: by name.
     """

@@ -533,5 +533,10 @@ def test_the_committed_page_is_that_of_the_committed_results(name):
         assert pages.with_table(readme, findings) == readme
 
 
+def test_the_committed_overview_is_that_of_the_committed_results():
+    everything = [Findings.read(load_study(name), Place()) for name in study_names()]
+    assert (pages.PAGES / "README.md").read_text() == pages.overview(everything), "python -m experiments table all"
+
+
 def test_the_studies_of_the_repository_are_those_of_this_folder():
     assert HERE == ROOT / "experiments"
