@@ -159,7 +159,7 @@ def table(
             found = findings.difference(variant.name, reference["variant"], reference["measure"])
             cells.append("" if found is None else f"{found.text(1, sign=True)}{_mark(found)}")
         lines.append(cells)
-    return _markdown(lines)
+    return _markdown(lines) + (f"\n\n{OUTDATED.strip()} of older code, until it is run again" * bool(findings.marked))
 
 
 def with_table(text: str, findings: Findings) -> str:
@@ -225,8 +225,8 @@ def _setup(findings: Findings) -> Iterable[str]:
         strong, strongest = (measures[name].get("num_images", "all") for name in ("robustness", "autoattack"))
         yield (
             f"Attacks within {measures['robustness']['eps']} in l-infinity: FGSM, PGD-20 and CW (30 steps on the "
-            f"margin), each from one start, on {strong} test images, and AutoAttack on {strongest} of them, for its cost; clean "
-            "accuracy on all. *last* is the checkpoint of the last epoch, *best* the one that withstood PGD-10 best "
+            f"margin), each from one start, on {strong} test images, and AutoAttack on {strongest} of them, "
+            "for its cost; clean accuracy on all. *last* is the checkpoint of the last epoch, *best* the one that withstood PGD-10 best "
             "on the validation images; the test images were used for nothing but these numbers."
         )
     yield (

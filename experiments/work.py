@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ from experiments.runs import Run
 from experiments.study import ROOT
 from experiments.train import train_and_measure
 from torchdistill_adv.evaluation.results import write_json
-
-VERSIONED = ("torchdistill_adv", "experiments", "configs")
 
 
 def perform(run: Run, device: str | None = None) -> bool:
@@ -41,7 +40,8 @@ def perform(run: Run, device: str | None = None) -> bool:
 
 
 def _perform(run: Run, device: str | None) -> None:
-    fingerprint, commit = run.fingerprint(), git_state()
+    fingerprint = run.fingerprint()
+    commit = git_state(run, fingerprint)
     started, cpu = time.time(), time.process_time()
     found = (train_and_measure if run.variant.search is None else search_and_measure)(run, device)
     teacher = run.teacher and run.teacher.result()
@@ -79,14 +79,16 @@ def _shown(run: Run) -> dict[str, Any]:
     }
 
 
-def git_state() -> dict[str, Any]:
-    """The commit, and whether the code that is run differs from it."""
+def git_state(run: Run, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The commit, and whether the files that the result depends on differ from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    return {"commit": git("rev-parse", "HEAD") or None, "changed": bool(git("status", "--porcelain", "--", *VERSIONED))}
+    files = [file for part in fingerprint.values() for file in part.get("code", ())]
+    files += [str(run.config_file)] if run.variant.config else []
+    return {"commit": git("rev-parse", "HEAD") or None, "changed": bool(git("status", "--porcelain", "--", *files))}
 
 
 def machine(device: str | None) -> dict[str, Any]:
