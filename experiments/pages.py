@@ -225,9 +225,9 @@ def _setup(findings: Findings) -> Iterable[str]:
         strong, strongest = (measures[name].get("num_images", "all") for name in ("robustness", "autoattack"))
         yield (
             f"Attacks within {measures['robustness']['eps']} in l-infinity: FGSM, PGD-20 and CW (30 steps on the "
-            f"margin), each from one start, on {strong} test images, and AutoAttack on {strongest} of them, "
-            "for its cost; clean accuracy on all. *last* is the checkpoint of the last epoch, *best* the one that withstood PGD-10 best "
-            "on the validation images; the test images were used for nothing but these numbers."
+            f"margin), each from one start, on {strong} test images, and AutoAttack, for its cost, on {strongest} of "
+            "them; clean accuracy on all. *last* is the checkpoint of the last epoch, *best* the one that withstood "
+            "PGD-10 best on the validation images; the test images were used for nothing but these numbers."
         )
     yield (
         "Means over the seeds, with 95 % intervals of Student's t. A difference is taken seed by seed, of students "
