@@ -977,7 +977,7 @@ def render(
         mark=MARK,
         datasets=indented(data.datasets, 1),
         models=models,
-        binding="  pre_epoch_process: 'bind_adversarial_losses'\n" if is_robust else "",
+        binding=before_epochs(is_robust, teacher is not None),
         robust=robust if is_robust else "",
         epochs=recipe.epochs,
         pairs="    dataset_wrapper: {key: 'PairWithOtherClass'}\n" if "pairing: 'dataset'" in terms else "",
@@ -992,6 +992,13 @@ def render(
         terms=indented(terms, 4),
     )
     return path, text
+
+
+def before_epochs(is_robust: bool, has_teacher: bool) -> str:
+    """The process that binds adversarial terms, or without one what puts the teacher in eval mode."""
+    if is_robust:
+        return "  pre_epoch_process: 'bind_adversarial_losses'\n"
+    return "  pre_epoch_process: 'eval_teacher' # torchdistill leaves it in train mode\n" if has_teacher else ""
 
 
 # what goes with what

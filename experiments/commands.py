@@ -58,7 +58,9 @@ def run_command(args: argparse.Namespace) -> int:
     for study in studies_of(args):
         found = runs_of(study, place, args.only)
         runs += [(study.name, run) for run in found if args.seeds is None or run.seed < args.seeds]
-    return min(1, run_all(runs[part - 1 :: parts], args.jobs, args.budget, args.device))
+    # variants that studies share are of one part
+    unique = list({run.result_file: (study, run) for study, run in reversed(runs)}.values())[::-1]
+    return min(1, run_all(unique[part - 1 :: parts], args.jobs, args.budget, args.device))
 
 
 def one_command(args: argparse.Namespace) -> int:

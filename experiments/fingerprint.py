@@ -15,6 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torchvision  # noqa: F401  (the registries of torchdistill look for it)
+from torchdistill.core.interfaces import registry as processes
+from torchdistill.datasets import registry as datasets
 from torchdistill.losses import registry as losses
 from torchdistill.models import registry as models
 
@@ -26,13 +29,21 @@ from torchdistill_adv.registry import ADVERSARIES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torchdistill_adv", "experiments")
 # they decide how a run is kept, resumed and shown, not what it computes, which the tests hold them to
-LEFT_OUT = ("torchdistill_adv.runner", "torchdistill_adv.yaml", "experiments.runs", "experiments.study")
+LEFT_OUT = (
+    *("torchdistill_adv.runner", "torchdistill_adv.yaml"),
+    *("experiments.runs", "experiments.study", "experiments.fingerprint"),
+)
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 REGISTRIES: tuple[Mapping[str, Any], ...] = (
     losses.MIDDLE_LEVEL_LOSS_DICT,
     losses.LOW_LEVEL_LOSS_DICT,
     losses.LOSS_WRAPPER_DICT,
     models.MODEL_DICT,
+    models.AUXILIARY_MODEL_WRAPPER_DICT,
+    datasets.DATASET_WRAPPER_DICT,
+    processes.PRE_EPOCH_PROC_FUNC_DICT,
+    processes.POST_EPOCH_PROC_FUNC_DICT,
+    processes.FORWARD_PROC_FUNC_DICT,
 )
 
 

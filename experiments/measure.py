@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,30 @@ from torchdistill.models.registry import get_model
 from experiments.data import NORMALIZATION, Images
 from experiments.runs import Run
 from torchdistill_adv.evaluation import evaluate
-from torchdistill_adv.evaluation.blocks import subset
+from torchdistill_adv.evaluation.blocks import subset, weights_digest
 from torchdistill_adv.evaluation.similarity import boundary_similarity, describe_similarity
-from torchdistill_adv.runner.check import student_name
-from torchdistill_adv.runner.config import plain_config
+from torchdistill_adv.runner.records import run_directory
 from torchdistill_adv.threat import ThreatModel
+
+
+def measure_all(run: Run, checkpoints: Mapping[str, Path], device: str | None = None) -> dict[str, Any]:
+    """What is measured of each checkpoint of a run, and digests of their weights; equal ones are measured once.
+
+    The best one of a teacher, or else the last, is put where its students find it.
+    """
+    measured: dict[str, Any] = {}
+    weights: dict[str, str] = {}
+    for which, checkpoint in checkpoints.items():
+        network = load_network(run, checkpoint)
+        weights[which] = weights_digest(network)
+        same = next((other for other in measured if weights[other] == weights[which]), None)
+        measured[which] = measured[same] if same else measure(run, network, device)
+    if run.is_teacher:
+        taught = "best" if "best" in checkpoints else "last"
+        weights["taught"] = weights[taught]
+        run.weights_file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": load_network(run, checkpoints[taught]).state_dict()}, run.weights_file)
+    return {"weights": weights, "measured": measured}
 
 
 def measure(run: Run, network: nn.Module, device: str | None) -> dict[str, Any]:
@@ -35,7 +54,8 @@ def measure(run: Run, network: nn.Module, device: str | None) -> dict[str, Any]:
     measures = run.measures
     for name in ("robustness", "autoattack"):
         if name in measures:
-            evaluation = evaluate(network, images, **measures[name], **normalization)
+            journal = run_directory(str(run.checkpoint)) / "evaluation.jsonl"
+            evaluation = evaluate(network, images, journal=journal, **measures[name], **normalization)
             known = [result.attack for result in results]
             results += [result for result in evaluation.results if result.attack not in known]
             found["flags"] += [{"name": flag.name, "message": flag.message} for flag in evaluation.flags]
@@ -47,7 +67,7 @@ def measure(run: Run, network: nn.Module, device: str | None) -> dict[str, Any]:
         chosen = subset(len(images), measures["similarity"]["num_images"], 0)
         pixels, labels = zip(*(images[i] for i in chosen), strict=True)
         threat = ThreatModel(float("inf"), norm="l2", space="input", **normalization)
-        networks = (load_network(teacher, teacher.best_checkpoint).to(where), network)
+        networks = (load_network(teacher, teacher.weights_file).to(where), network)
         for each in networks:
             each.eval().requires_grad_(False)
         compared = boundary_similarity(*networks, torch.stack(pixels).to(where), torch.tensor(labels).to(where), threat)
@@ -69,9 +89,8 @@ def unpack(text: str) -> list[bool]:
 
 
 def load_network(run: Run, checkpoint: Path) -> nn.Module:
-    """The student, or teacher, that a run has trained."""
-    models = plain_config(run.config_file, run.overrides())["models"]
-    block = models[student_name(models)]
+    """The student, or teacher, that a run has trained, in eval mode."""
+    block = run.network()
     network: nn.Module = get_model(block["key"], **block["kwargs"])
     network.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=False)["model"])
     return network.eval()

@@ -19,7 +19,7 @@ README = ROOT / "README.md"
 OUTDATED = " †"
 REFERENCE = (
     "The last column is the difference to {variant} in `{measure}`, with its 95 % interval: **+** is higher, **-** "
-    "lower, and without a mark there is no difference."
+    "lower, = no difference, and one seed has no interval."
 )
 MARKS = "<!-- python -m experiments table {name} writes what follows -->\n", "<!-- until here: {name} -->\n"
 SOURCES = {
@@ -64,30 +64,35 @@ def write_pages(studies: Sequence[Study], place: Place, folder: Path = PAGES, re
     written[0].write_text(overview(everything), encoding="utf-8")
     for study in studies:
         findings = Findings.read(study, place)
-        picture = folder / f"{study.name}.png"
+        picture = folder / f"{file_stem(study, place)}.png"
         if findings.results:
             picture.write_bytes(render(lambda findings=findings: draw(findings))[LIGHT])  # type: ignore[misc]
             written.append(picture)
-        path = folder / f"{study.name}.md"
+        path = folder / f"{file_stem(study, place)}.md"
         path.write_text(page(findings), encoding="utf-8")
         written.append(path)
-        if study.readme and readme.exists():
+        if study.readme and place.is_default and readme.exists():
             readme.write_text(with_table(readme.read_text(encoding="utf-8"), findings), encoding="utf-8")
             written.append(readme)
     return written
 
 
+def file_stem(study: Study, place: Place) -> str:
+    """Of a study's page and picture."""
+    return study.name if place.is_default else f"{study.name}-{place.size}-{place.source}"
+
+
 def page(findings: Findings) -> str:
     """Markdown of a study."""
     study, place = findings.study, findings.place
-    flags = "" if place == Place() else f" --size {place.size} --source {place.source}"
+    flags = "" if place.is_default else f" --size {place.size} --source {place.source}"
     parts = [
         f"# {study.title}",
         study.question.strip(),
         f"`python -m experiments run {study.name}{flags}` and then `python -m experiments table {study.name}{flags}` "
         f"write this page.\n[{study.name}.yaml](../../experiments/studies/{study.name}.yaml) is the study, "
         f"[{study.setting.name}.yaml](../../experiments/settings/{study.setting.name}.yaml) what its variants share.",
-        *(f"![{study.title}]({study.name}.png)" for _ in range(bool(findings.results))),
+        *(f"![{study.title}]({file_stem(study, place)}.png)" for _ in range(bool(findings.results))),
         "## Results",
         *([table(findings, study.columns)] if findings.results else ["Nothing has been run yet."]),
         *([REFERENCE.format(**study.reference)] if study.reference and findings.results else []),
@@ -184,7 +189,7 @@ def _cell(found: Estimate | None, heading: str) -> str:
 
 
 def _mark(found: Estimate) -> str:
-    return {"higher": " **+**", "lower": " **-**"}.get(found.verdict, "")
+    return {"higher": " **+**", "lower": " **-**", "no difference": " ="}.get(found.verdict, "")
 
 
 def _comparisons(findings: Findings) -> Iterable[str]:
@@ -221,24 +226,28 @@ def _setup(findings: Findings) -> Iterable[str]:
     images = f"{SOURCES[place.source][study.setting.data]}."
     yield f"{images} {size.description.strip()}"
     measures = {**study.setting.measures, **size.measures}
+    for name in ("robustness", "autoattack"):
+        if name in measures:
+            block = measures[name]
+            yield (
+                f"Attacks `{block['attacks']}` within {block['eps']} in l-infinity, each from one start, on "
+                f"{block.get('num_images', 'all')} test images."
+            )
     if "robustness" in measures:
-        strong, strongest = (measures[name].get("num_images", "all") for name in ("robustness", "autoattack"))
         yield (
-            f"Attacks within {measures['robustness']['eps']} in l-infinity: FGSM, PGD-20 and CW (30 steps on the "
-            f"margin), each from one start, on {strong} test images, and AutoAttack, for its cost, on {strongest} of "
-            "them; clean accuracy on all. *last* is the checkpoint of the last epoch, *best* the one that withstood "
-            "PGD-10 best on the validation images; the test images were used for nothing but these numbers."
+            "*last* is the checkpoint of the last epoch, *best* the one that withstood PGD-10 best on the validation "
+            "images. The test images were used for nothing but these numbers; clean accuracy is on all of them."
         )
     yield (
-        "Means over the seeds, with 95 % intervals of Student's t. A difference is taken seed by seed, of students "
-        "that began with equal weights and saw equal batches; its interval is for other seeds and, where the outcome "
-        "of every image is known, other images too. Where it contains zero there is *no difference*; of twenty such "
-        "comparisons without any difference, one is expected to look like one."
+        "Means over the seeds, with 95 % intervals of Student's t. A difference is taken seed by seed: students with a "
+        "teacher then began with equal weights and, but for DARWIN's pairs, saw equal batches. Its interval is for "
+        "other seeds and, where the outcome of every image is known, other images too. Where it contains zero there is "
+        "*no difference*; of twenty such comparisons without any difference, one is expected to look like one."
     )
     results = [result for of_variant in findings.results.values() for result in of_variant.values()]
     if results:
         machines = Counter(_machine(result["machine"]) for result in results)
-        commits = Counter(result["commit"][:7] + (" with changes" if result["changed"] else "") for result in results)
+        commits = Counter(_commit(result) for result in results)
         teachers = Counter(
             f"{result['teacher']['name']} {result['teacher']['weights'][:8]}" for result in results if result["teacher"]
         )
@@ -250,6 +259,10 @@ def _setup(findings: Findings) -> Iterable[str]:
             "teachers, by their weights: " + ", ".join(f"{who} ({count})" for who, count in teachers.items()),
         ]
         yield "\n".join(f"* {fact}" for fact in facts if not fact.endswith(": "))
+
+
+def _commit(result: Mapping[str, Any]) -> str:
+    return (result["commit"] or "unknown")[:7] + (" with changes" if result["changed"] else "")
 
 
 def _machine(facts: Mapping[str, Any]) -> str:

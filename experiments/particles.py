@@ -35,7 +35,7 @@ def search_and_measure(run: Run, device: str | None = None) -> dict[str, Any]:
     normalization: Mapping[str, Any] = NORMALIZATION if run.setting.is_normalized else {"mean": [0.0], "std": [1.0]}
     threat = ThreatModel.build({**block["threat"], **search.pop("threat", {}), **normalization})
     settings = SVGD(**search, chunk_size=CHUNK_SIZE)
-    teacher = load_network(run.teacher, run.teacher.best_checkpoint).to(where).requires_grad_(False)
+    teacher = load_network(run.teacher, run.teacher.weights_file).to(where).requires_grad_(False)
     images, labels = _some_right(run, teacher, block["num_images"], where)
     noise = ImageNoise(run.seed, range(settings.num_particles * len(images)), images)
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,12 @@ from torchdistill_adv.runner.check import student_name
 from torchdistill_adv.runner.config import TaggedYAML, plain_config
 
 SUB_TERMS = "train.criterion.kwargs.sub_terms"
-TRAINING = ("torchdistill_adv.binding", "torchdistill_adv.runner.training", "torchdistill_adv.robust_validation")
+TRAINING = (
+    "experiments.train",
+    "torchdistill_adv.binding",
+    "torchdistill_adv.runner.training",
+    "torchdistill_adv.robust_validation",
+)
 MEASURING = "experiments.measure"
 SEARCHING = "experiments.particles"
 
@@ -38,6 +43,11 @@ class Place:
     results: Path = ROOT / "results"
     state: Path = ROOT / "resource" / "experiments"
     studies: Path = HERE
+
+    @property
+    def is_default(self) -> bool:
+        """Whether its results are those of the pages and the README."""
+        return (self.size, self.source) == ("small", "packs")
 
 
 @dataclass(frozen=True)
@@ -94,14 +104,19 @@ class Run:
             return None
         return Run(self.setting, self.setting.teachers[self.variant.teacher], 0, self.place)
 
-    @property
-    def best_checkpoint(self) -> Path:
-        """The checkpoint that is best on validation images: under attack where the setting is about robustness."""
-        return self.beside("best_robust") if self.is_robust else self.checkpoint
-
     def beside(self, what: str) -> Path:
         """A checkpoint of robust validation."""
         return self.checkpoint.with_name(f"{self.checkpoint.stem}-{what}.pt")
+
+    @property
+    def weights_file(self) -> Path:
+        """Of a teacher, beside its result: the weights that students start from on every machine."""
+        return self.result_file.with_suffix(".pt")
+
+    def network(self) -> dict[str, Any]:
+        """Key and kwargs of the network that it trains."""
+        models = plain_config(self.config_file, self.overrides())["models"]
+        return {key: models[student_name(models)][key] for key in ("key", "kwargs")}
 
     @property
     def config_file(self) -> Path:
@@ -121,7 +136,7 @@ class Run:
         """Of the configuration: size, images, networks, checkpoints, and what the variant has of its own."""
         plain = plain_config(self.config_file)
         teacher = self.teacher
-        found = {path: value for path, value in self._of_size() if _has(plain, path)}
+        found = {path: value for path, value in self._of_size().items() if _has(plain, path)}
         for split in ("train", "val", "test"):
             kwargs = json.dumps({**self.images(), "split": split})
             call = f"!import_call {{key: 'experiments.data.Images', init: {{kwargs: {kwargs}}}}}"
@@ -133,9 +148,8 @@ class Run:
             found[f"{student}.{key}"] = value
         found[f"{student}.dst_ckpt"] = str(self.checkpoint)
         if teacher is not None:
-            for key, value in (self.size.teacher or {}).items():
-                found[f"models.teacher_model.{key}"] = value
-            found["models.teacher_model.src_ckpt"] = str(teacher.best_checkpoint)
+            found |= {f"models.teacher_model.{key}": value for key, value in teacher.network().items()}
+            found["models.teacher_model.src_ckpt"] = str(teacher.weights_file)
         if self.is_robust:
             found["train.val_data_loader.dataset_id"] = f"{self.setting.data}/val"
             found["train.post_epoch_process"] = "validate_robustly"
@@ -152,10 +166,9 @@ class Run:
         found |= {option_path(option): value for option, value in self.variant.options.items()}
         return {**found, **self.variant.overrides}
 
-    def _of_size(self) -> Iterator[tuple[str, Any]]:
-        yield from self.size.overrides.items()
-        if self.is_teacher:
-            yield from self.size.teacher_overrides.items()
+    def _of_size(self) -> Mapping[str, Any]:
+        size = self.size
+        return {**size.overrides, **(size.teacher_overrides if self.is_teacher else size.student_overrides)}
 
     def fingerprint(self) -> dict[str, Any]:
         """What the result depends on: of training, and of what is measured after it."""
@@ -165,7 +178,7 @@ class Run:
 
     def _training_fingerprint(self) -> dict[str, Any]:
         teacher = self.teacher
-        found = {} if teacher is None else {"teacher": digest(teacher._training_fingerprint())}
+        found: dict[str, Any] = {} if teacher is None else {"teacher": teacher._training_fingerprint()}
         if self.variant.search is not None:
             return found
         config = _without_checkpoints(plain_config(self.config_file, self.overrides()))
@@ -181,11 +194,18 @@ class Run:
     def differs(self) -> list[str] | None:
         """What has changed since its result: nothing is an empty list; None if there is no result."""
         result = self.result()
-        return None if result is None else differing(result["fingerprint"], self.fingerprint())
+        if result is None:
+            return None
+        found = differing(result["fingerprint"], self.fingerprint())
+        taught_by = self.teacher and self.teacher.result()
+        if taught_by and result["teacher"]["weights"] != taught_by["weights"]["taught"]:
+            found.append("teacher")
+        return found
 
     @property
     def is_done(self) -> bool:
-        return self.differs() == []
+        """Whether its result holds, and the weights are there that its students need."""
+        return self.differs() == [] and (not self.is_teacher or self.weights_file.exists())
 
 
 PIXELS = {"mean": [0], "std": [1]}

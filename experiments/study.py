@@ -64,6 +64,7 @@ class Size:
         student: network of the students, likewise.
         overrides: of every configuration that has the block, by dotted path.
         teacher_overrides: of the teachers' configurations, beside these.
+        student_overrides: of the students', likewise.
         options: of every loss term that a configuration has, ``{term.option: value}``.
         measures: that are other than the setting's, by name.
     """
@@ -75,6 +76,7 @@ class Size:
     student: Mapping[str, Any] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     teacher_overrides: Mapping[str, Any] = field(default_factory=dict)
+    student_overrides: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, Any] = field(default_factory=dict)
 

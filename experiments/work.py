@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ import torch
 from filelock import FileLock, Timeout
 
 from experiments.data import Images
+from experiments.measure import measure_all
 from experiments.particles import search_and_measure
 from experiments.runs import Run
 from experiments.study import ROOT
-from experiments.train import train_and_measure
+from experiments.train import checkpoints, train
+from torchdistill_adv.errors import ConfigError
+from torchdistill_adv.evaluation.autoattack import LIBRARIES
 from torchdistill_adv.evaluation.results import write_json
+
+PACKAGES = ("torch", "torchvision", "torchdistill", "timm", *LIBRARIES)
 
 
 def perform(run: Run, device: str | None = None) -> bool:
@@ -40,12 +46,17 @@ def perform(run: Run, device: str | None = None) -> bool:
 
 
 def _perform(run: Run, device: str | None) -> None:
+    teacher = run.teacher and run.teacher.result()
+    if run.teacher is not None and not run.teacher.is_done:
+        raise ConfigError("has no result of the code and configuration of now; run it first", run.teacher.name)
     fingerprint = run.fingerprint()
     commit = git_state(run, fingerprint)
     started, cpu = time.time(), time.process_time()
-    found = (train_and_measure if run.variant.search is None else search_and_measure)(run, device)
-    teacher = run.teacher and run.teacher.result()
-    taught_by = "best" if run.is_robust else "last"
+    if run.variant.search is not None:
+        found = search_and_measure(run, device)
+    else:
+        found = train(run, device)
+        found |= measure_all(run, checkpoints(run), device)
     result = {
         "setting": run.setting.name,
         "variant": run.variant.name,
@@ -54,7 +65,7 @@ def _perform(run: Run, device: str | None) -> None:
         "config": f"configs/{run.variant.config}.yaml" if run.variant.config else None,
         "overrides": _shown(run),
         "images": {**run.images(), "sha256": {s: Images(split=s, **run.images()).digest for s in ("train", "test")}},
-        "teacher": {"name": run.variant.teacher, "weights": teacher["weights"][taught_by]} if teacher else None,
+        "teacher": {"name": run.variant.teacher, "weights": teacher["weights"]["taught"]} if teacher else None,
         **commit,
         "machine": machine(device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -71,9 +82,9 @@ def _shown(run: Run) -> dict[str, Any]:
     if run.variant.search is not None:
         return {"search": dict(run.variant.search)}
     found = run.overrides()
-    state = str(run.place.state)
+    folders = str(run.place.state), str(run.place.results)
     return {
-        path: str(Path(value).relative_to(state)) if str(value).startswith(state) else value
+        path: Path(value).name if isinstance(value, str) and value.startswith(folders) else value
         for path, value in found.items()
         if path != "train.robust_validation"
     }
@@ -107,5 +118,5 @@ def machine(device: str | None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "torchdistill", "timm")},
+        **{name: version(name) for name in PACKAGES if find_spec(name)},
     }

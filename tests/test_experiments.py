@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import data, fingerprint, pages
+from experiments import commands, data, fingerprint, pages
+from experiments.__main__ import main
 from experiments.findings import Findings
 from experiments.intervals import Estimate, estimate, estimate_with_images
 from experiments.measure import pack, unpack
@@ -131,6 +132,31 @@ def test_settings_select_on_validation_images_only():
                 train = plain_config(run.config_file, run.overrides())["train"]
                 chosen = train["val_data_loader"].get("dataset_id", f"{run.setting.data}/val")
                 assert chosen == f"{run.setting.data}/val"
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_students_of_a_setting_have_one_schedule_one_network_and_a_teacher_in_eval_mode(size):
+    blocks = ("num_epochs", "train_data_loader", "optimizer", "scheduler", "robust_validation")
+    schedules, networks = {}, {}
+    for name in study_names():
+        for run in runs_of(load_study(name), Place(size, "torchvision")):
+            if run.variant.search is not None or run.seed:
+                continue
+            config = plain_config(run.config_file, run.overrides())
+            train = {block: config["train"].get(block) for block in blocks}
+            # partners of another class, a name, and the clipping of GACD's configuration, which its row tells
+            for block, key in (
+                ("train_data_loader", "dataset_wrapper"),
+                ("robust_validation", "ckpt"),
+                ("optimizer", "max_grad_norm"),
+            ):
+                train[block] = {**(train[block] or {}), key: None}
+            assert schedules.setdefault(run.setting.name, train) == train, run.variant.name
+            assert networks.setdefault(run.setting.name, run.network()) == run.network()
+            if run.teacher:
+                assert config["train"]["pre_epoch_process"] in ("bind_adversarial_losses", "eval_teacher")
+                block = config["models"]["teacher_model"]
+                assert {key: block[key] for key in ("key", "kwargs")} == run.teacher.network()
 
 
 def test_variants_of_a_name_are_the_same_in_every_study():
@@ -293,14 +319,14 @@ def test_a_changed_file_invalidates_the_methods_that_use_it(tmp_path):
 def test_whatever_code_a_run_executes_is_in_its_fingerprint(tmp_path, with_packs):
     study = load_study("one", write_study(tmp_path))
     place = Place(results=tmp_path / "results", state=tmp_path / "state", studies=tmp_path)
-    [teacher_of] = [run for run in runs_of(study, place, ["RSLAD"]) if run.seed == 0]
+    [student] = [run for run in runs_of(study, place, ["RSLAD"]) if run.seed == 0]
     executed = set()
 
     def watch(frame, event, _):
         if event == "call" and frame.f_code.co_name != "<module>":
             executed.add(frame.f_code.co_filename)
 
-    for run in (teacher_of.teacher, teacher_of):
+    for run in (student.teacher, student):
         executed.clear()
         threading.setprofile(watch)
         sys.setprofile(watch)
@@ -309,6 +335,9 @@ def test_whatever_code_a_run_executes_is_in_its_fingerprint(tmp_path, with_packs
         finally:
             sys.setprofile(None)
             threading.setprofile(None)
+        if run.is_teacher:
+            run.weights_file.parent.mkdir(parents=True)
+            shutil.copy(run.checkpoint, run.weights_file)
         ours = {
             str(Path(file).relative_to(ROOT)) for file in executed if file.startswith(str(ROOT)) and ".venv" not in file
         }
@@ -398,7 +427,7 @@ def test_a_result_has_all_that_repeats_it(done):
     rslad = found["rslad-0"]
     assert rslad["config"] == "configs/cifar10/trades/rslad-resnet18.yaml" and rslad["seed"] == 0
     assert rslad["overrides"]["train.num_epochs"] == 2
-    assert rslad["teacher"]["weights"] == found["robust_teacher-0"]["weights"]["best"]
+    assert rslad["teacher"]["weights"] == found["robust_teacher-0"]["weights"]["taught"]
     assert len(rslad["commit"]) == 40 and rslad["machine"]["torch"] == version("torch")
     assert rslad["images"]["sha256"]["test"] == found["pgd_at-0"]["images"]["sha256"]["test"]
     last = rslad["measured"]["last"]
@@ -432,8 +461,10 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, done, packs):
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)
     assert results_in(folder) == {}
+    assert len(metrics.read_text().splitlines()) == 1, "it was to be killed in its second epoch"
     code, output = finish(command(folder, packs, *arguments))
     assert code == 0, output
+    assert "going on" in metrics.parent.with_suffix(".log").read_text()
     again, before = results_in(folder)["pgd_at-0"], results_in(done)["pgd_at-0"]
     assert again["weights"] == before["weights"]
     assert again["measured"]["last"]["outcomes"] == before["measured"]["last"]["outcomes"]
@@ -466,10 +497,15 @@ def test_a_run_that_fails_is_told_and_the_others_are_done(tmp_path, packs):
     assert "alpha" in (folder / "state" / "tiny" / "small-packs" / "broken-0.log").read_text()
 
 
-def test_parts_are_everything_once(done):
-    runs = runs_of(load_study("one", done), Place())
-    parts = [runs[part - 1 :: 3] for part in (1, 2, 3)]
-    assert sorted(run.name for part in parts for run in part) == sorted(run.name for run in runs)
+def test_parts_are_everything_once(tmp_path, monkeypatch):
+    folder = write_study(tmp_path)
+    (folder / "studies" / "two.yaml").write_text(yaml.safe_dump(STUDY))
+    asked = []
+    monkeypatch.setattr(commands, "run_all", lambda runs, *_: asked.append([run.result_file for _, run in runs]) or 0)
+    for part in ("1/3", "2/3", "3/3"):
+        main(["run", "one", "two", "--part", part, "--studies", str(folder)])
+    everything = [file for part in asked for file in part]
+    assert len(set(everything)) == len(everything) == 4 and min(map(len, asked)) >= 1
 
 
 def test_a_wrong_argument_is_one_line(packs, tmp_path):
@@ -511,13 +547,22 @@ def test_results_of_other_code_are_marked_and_of_another_configuration_not_shown
     folder = tmp_path / "copy"
     shutil.copytree(done, folder)
     [file] = (folder / "results").rglob("rslad-0.json")
-    result = json.loads(file.read_text())
+    before = file.read_text()
+    result = json.loads(before)
     result["fingerprint"]["training"]["code"]["torchdistill_adv/losses/rslad.py"] = "another"
     file.write_text(json.dumps(result))
     text = pages.page(findings_of(folder))
     assert (
         "rslad-resnet18.yaml) †" in text and "since these (seed in brackets) `torchdistill_adv/losses/rslad.py`" in text
     )
+    # code that the teacher ran too
+    result["fingerprint"]["training"]["teacher"]["code"]["torchdistill_adv/step.py"] = "another"
+    file.write_text(json.dumps(result))
+    assert "`torchdistill_adv/step.py` changed" in pages.page(findings_of(folder))
+    result["teacher"]["weights"] = "of another teacher"
+    file.write_text(json.dumps(result))
+    assert "rslad-resnet18.yaml)" not in pages.page(findings_of(folder))
+    result = json.loads(before)
     result["fingerprint"]["training"]["config"] = "another"
     file.write_text(json.dumps(result))
     text = pages.page(findings_of(folder))
