@@ -27,12 +27,17 @@ from experiments import commands, data, fingerprint, pages
 from experiments.__main__ import main
 from experiments.findings import Findings
 from experiments.intervals import Estimate, estimate, estimate_with_images
-from experiments.measure import pack, unpack
+from experiments.measure import load_network, measure_all, pack, unpack
+from experiments.networks import StridedCNN
+from experiments.particles import search_and_measure
 from experiments.runs import Place, runs_of
+from experiments.schedule import with_teachers
 from experiments.study import HERE, ROOT, load_study, study_names
 from torchdistill_adv.errors import ConfigError
+from torchdistill_adv.evaluation.similarity import boundary_similarity, describe_similarity
 from torchdistill_adv.runner import run as train
 from torchdistill_adv.runner.config import plain_config
+from torchdistill_adv.threat import ThreatModel
 
 SETTING = {
     "data": "cifar10",
@@ -513,6 +518,116 @@ def test_a_wrong_argument_is_one_line(packs, tmp_path):
     assert code == 2 and output.strip() == "error: studies: found 'oone'; did you mean 'one'? Known: one."
     code, output = finish(command(tmp_path, packs, "run", "one", "--part", "4/3"))
     assert code == 2 and output.startswith("error: --part: found '4/3'")
+
+
+def test_two_schedulers_share_the_work(tmp_path, packs):
+    folder = write_study(tmp_path)
+    arguments = ("run", "one", "--seeds", "1", "--jobs", "1")
+    processes = [command(folder, packs, *arguments) for _ in range(2)]
+    outputs = [finish(process) for process in processes]
+    assert [code for code, _ in outputs] == [0, 0], outputs
+    assert set(results_in(folder)) == {"robust_teacher-0", "pgd_at-0", "rslad-0"}
+    logs = {
+        name: (folder / "state" / "tiny" / "small-packs" / f"{name}.log").read_text() for name in results_in(folder)
+    }
+    for name, log in logs.items():
+        assert log.count("epoch 1: saving the student") <= 1, name
+
+
+def test_a_student_of_a_teacher_that_is_gone_waits_for_another(done, tmp_path, packs):
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    [weights] = (folder / "results").rglob("robust_teacher-0.pt")
+    weights.unlink()
+    study = load_study("one", folder)
+    place = Place(results=folder / "results", state=folder / "state", studies=folder)
+    [teacher] = {run.teacher.result_file: run.teacher for run in runs_of(study, place) if run.teacher}.values()
+    assert not teacher.is_done
+    jobs = with_teachers([("one", run) for run in runs_of(study, place, ["RSLAD"])])
+    assert jobs[0].run.name == "robust_teacher-0"
+
+
+# other measures
+
+CLEAN_SETTING = {
+    **SETTING,
+    "data": "cifar100",
+    "is_normalized": True,
+    "measures": {
+        "similarity": {"num_images": 60},
+        "diversity": {
+            "num_images": 6,
+            "threat": {"norm": "l2", "eps": 0.3, "space": "input"},
+            "search": {"num_steps": 5, "step_size": 0.05, "noise_factor": 1.0},
+        },
+    },
+    "teachers": {"standard teacher": {"config": "cifar100/ce-resnet56"}},
+}
+SEARCHES = {
+    "start": {"num_particles": 4, "step_size": 0.0},
+    "SVGD": {"num_particles": 4, "bandwidth": 1.0e-3},
+    "median": {"num_particles": 4, "bandwidth": "median"},
+    "median without repulsion": {"num_particles": 4, "bandwidth": "median", "repulsion": False},
+    "PGD": {"num_particles": 4, "method": "PGD"},
+}
+CLEAN_STUDY = {
+    **STUDY,
+    "variants": {
+        **{name: {"teacher": "standard teacher", "search": search} for name, search in SEARCHES.items()},
+        "KD": {"config": "cifar100/kd-resnet20_from_resnet56", "teacher": "standard teacher"},
+    },
+    "reference": {},
+    "comparisons": [],
+}
+
+
+@pytest.fixture
+def clean_runs(tmp_path, with_packs):
+    """The runs of a study with a teacher that has learnt nothing."""
+    folder = write_study(tmp_path, CLEAN_STUDY, CLEAN_SETTING)
+    place = Place(results=tmp_path / "results", state=tmp_path / "state", studies=folder)
+    runs = {run.variant.name: run for run in runs_of(load_study("one", folder), place) if run.seed == 0}
+    teacher = runs["KD"].teacher
+    torch.manual_seed(3)
+    teacher.weights_file.parent.mkdir(parents=True)
+    network = StridedCNN(**teacher.network()["kwargs"])
+    network.fc.weight.data *= 300  # its predictions change within the ball
+    torch.save({"model": network.state_dict()}, teacher.weights_file)
+    return runs
+
+
+def test_particles_are_those_of_the_searches(clean_runs):
+    found = {name: search_and_measure(clean_runs[name])["measured"] for name in SEARCHES}
+    for name, values in found.items():
+        # the largest distance of four points of the ball is that of a regular tetrahedron
+        assert 0 < values["sse"] <= 2 * 0.3**2 * 4 / 3 + 1e-6, name
+        assert 0 < values["length"] <= 0.3 + 1e-6 and values["num_images"] == found["start"]["num_images"] > 0
+    # a kernel that is the identity makes SVGD as many searches of their own
+    assert found["SVGD"]["divergence"] == pytest.approx(found["PGD"]["divergence"], rel=1e-3)
+    assert found["SVGD"]["divergence"] > found["start"]["divergence"] >= 0
+    assert found["median"]["sse"] > found["median without repulsion"]["sse"]
+
+
+def test_similarity_is_that_of_the_metrics(clean_runs):
+    run = clean_runs["KD"]
+    torch.manual_seed(0)
+    student = StridedCNN(**run.network()["kwargs"])
+    run.checkpoint.parent.mkdir(parents=True)
+    torch.save({"model": student.state_dict()}, run.checkpoint)
+    found = measure_all(run, {"last": run.checkpoint})["measured"]["last"]
+    images = data.Images(split="test", **run.images())
+    pixels, labels = zip(*images, strict=True)
+    teacher = load_network(run.teacher, run.teacher.weights_file)
+    threat = ThreatModel(math.inf, "l2", "input", **data.NORMALIZATION)
+    student = student.eval().requires_grad_(False)
+    compared = boundary_similarity(
+        teacher.requires_grad_(False), student, torch.stack(pixels), torch.tensor(labels), threat
+    )
+    assert found["num_compared"] == describe_similarity(compared)["num_compared"]
+    assert found["magsim"] == describe_similarity(compared)["magsim"]
+    with torch.no_grad():
+        right = student(torch.stack(pixels)).argmax(1) == torch.tensor(labels)
+    assert unpack(found["outcomes"]["clean"]) == right.tolist()
 
 
 # pages
