@@ -37,7 +37,7 @@ def differences(findings: Findings, heading: str) -> Figure:
     for comparison in findings.study.comparisons:
         found = findings.difference(comparison.variant, comparison.reference, comparison.measure)
         if found is not None:
-            rows.append((f"{comparison.variant} - {comparison.reference}", found))
+            rows.append((f"{comparison.variant} against {comparison.reference}", found))
     return _rows({heading: rows}, [name for name, _ in rows], zero=True)
 
 

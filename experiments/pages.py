@@ -180,12 +180,15 @@ def with_table(text: str, findings: Findings) -> str:
 
 
 def digits_of(heading: str) -> int:
-    """Decimals of a column: shares of one have three, percent one, seconds none."""
-    return 1 if "%" in heading else 0 if "seconds" in heading else 3
+    """Decimals of a column: percent have one, other measures three."""
+    return 1 if "%" in heading else 3
 
 
 def _cell(found: Estimate | None, heading: str) -> str:
-    return "" if found is None else found.text(digits_of(heading))
+    if found is None:
+        return ""
+    # how much one run's time differs from another's is the machine's doing
+    return f"{found.mean:.0f}" if "seconds" in heading else found.text(digits_of(heading))
 
 
 def _mark(found: Estimate) -> str:
@@ -196,7 +199,7 @@ def _comparisons(findings: Findings) -> Iterable[str]:
     rows = [["question", "difference", "95 % interval", ""], ["---"] * 4]
     for comparison in findings.study.comparisons:
         found = findings.difference(comparison.variant, comparison.reference, comparison.measure)
-        names = f"{comparison.variant} - {comparison.reference}, `{comparison.measure}`"
+        names = f"{comparison.variant} against {comparison.reference}, `{comparison.measure}`"
         names += OUTDATED if findings.marked & {comparison.variant, comparison.reference} else ""
         if found is None:
             rows.append([f"{comparison.says}<br>{names}", "", "", "not run"])
