@@ -30,7 +30,7 @@ def measure_all(run: Run, checkpoints: Mapping[str, Path], device: str | None = 
         network = load_network(run, checkpoint)
         weights[which] = weights_digest(network)
         same = next((other for other in measured if weights[other] == weights[which]), None)
-        measured[which] = measured[same] if same else measure(run, network, device)
+        measured[which] = measured[same] if same else measure(run, which, network, device)
     if run.is_teacher:
         taught = "best" if "best" in checkpoints else "last"
         weights["taught"] = weights[taught]
@@ -39,8 +39,8 @@ def measure_all(run: Run, checkpoints: Mapping[str, Path], device: str | None = 
     return {"weights": weights, "measured": measured}
 
 
-def measure(run: Run, network: nn.Module, device: str | None) -> dict[str, Any]:
-    """All measures of a setting on the test images.
+def measure(run: Run, which: str, network: nn.Module, device: str | None) -> dict[str, Any]:
+    """The measures of a setting on the test images, but for those that name other checkpoints than this one.
 
     ``clean``, on all of them, and every attack are accuracies in percent; ``outcomes`` says of each image whether it is
     classified rightly, packed by :func:`pack`; ``flags`` are the evaluation's reasons to doubt the numbers.
@@ -51,10 +51,11 @@ def measure(run: Run, network: nn.Module, device: str | None) -> dict[str, Any]:
     normalization = NORMALIZATION if run.setting.is_normalized else {"mean": (0.0,), "std": (1.0,)}
     results = [evaluate(network, images, attacks="clean", batch_size=500, **normalization).result("clean")]
     found: dict[str, Any] = {"flags": [], "found_by": {}}
-    measures = run.measures
+    measures = {name: dict(block) for name, block in run.measures.items() if which in block.get("of", (which,))}
     for name in ("robustness", "autoattack"):
         if name in measures:
             journal = run_directory(str(run.checkpoint)) / "evaluation.jsonl"
+            measures[name].pop("of", None)
             evaluation = evaluate(network, images, journal=journal, **measures[name], **normalization)
             known = [result.attack for result in results]
             results += [result for result in evaluation.results if result.attack not in known]

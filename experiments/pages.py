@@ -234,7 +234,7 @@ def _setup(findings: Findings) -> Iterable[str]:
             block = measures[name]
             yield (
                 f"Attacks `{block['attacks']}` within {block['eps']} in l-infinity, each from one start, on "
-                f"{block.get('num_images', 'all')} test images."
+                f"{block.get('num_images', 'all')} test images, of {' and '.join(block.get('of', ('last', 'best')))}."
             )
     if "robustness" in measures:
         yield (

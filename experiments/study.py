@@ -90,7 +90,8 @@ class Setting:
         data: name of the images, as :class:`experiments.data.Images` knows it.
         is_normalized: whether networks take normalized images; else they take pixels.
         measures: ``robustness`` and ``autoattack`` (arguments of :func:`torchdistill_adv.evaluation.evaluate`),
-            ``similarity`` (``num_images``), ``diversity`` (``num_images``, ``threat`` and ``search``).
+            ``similarity`` (``num_images``), ``diversity`` (``num_images``, ``threat`` and ``search``); ``of`` lists the
+            checkpoints, ``last`` and ``best``, that one is for.
         teachers: by name.
         sizes: by name.
     """

@@ -321,17 +321,27 @@ def test_a_changed_file_invalidates_the_methods_that_use_it(tmp_path):
         assert {method for method in after if after[method].get(name) != before[method].get(name)} == methods, name
 
 
+WATCHED = {
+    "RSLAD": "cifar10/trades/rslad-resnet18",
+    "KD": "cifar10/trades/kd-resnet18",
+    "DARWIN": "cifar10/trades/darwin-resnet18",
+    "AdaAD + IGDM": "cifar10/trades/adaad_igdm-resnet18",
+}
+
+
 def test_whatever_code_a_run_executes_is_in_its_fingerprint(tmp_path, with_packs):
-    study = load_study("one", write_study(tmp_path))
+    variants = {name: {"config": config, "teacher": "robust teacher"} for name, config in WATCHED.items()}
+    unused = {"reference": {}, "comparisons": []}
+    study = load_study("one", write_study(tmp_path, {**STUDY, **unused, "variants": variants}))
     place = Place(results=tmp_path / "results", state=tmp_path / "state", studies=tmp_path)
-    [student] = [run for run in runs_of(study, place, ["RSLAD"]) if run.seed == 0]
+    students = [run for run in runs_of(study, place) if run.seed == 0]
     executed = set()
 
     def watch(frame, event, _):
         if event == "call" and frame.f_code.co_name != "<module>":
             executed.add(frame.f_code.co_filename)
 
-    for run in (student.teacher, student):
+    for run in (students[0].teacher, *students):
         executed.clear()
         threading.setprofile(watch)
         sys.setprofile(watch)
@@ -343,14 +353,12 @@ def test_whatever_code_a_run_executes_is_in_its_fingerprint(tmp_path, with_packs
         if run.is_teacher:
             run.weights_file.parent.mkdir(parents=True)
             shutil.copy(run.checkpoint, run.weights_file)
-        ours = {
-            str(Path(file).relative_to(ROOT)) for file in executed if file.startswith(str(ROOT)) and ".venv" not in file
-        }
-        ours = {file for file in ours if file.startswith(("torchdistill_adv", "experiments"))}
+        files = {str(Path(file).relative_to(ROOT)) for file in executed if file.startswith(str(ROOT))}
+        ours = {file for file in files if file.startswith(("torchdistill_adv/", "experiments/"))}
         known = run.fingerprint()["training"]["code"].keys()
         unknown = {file for file in ours - known if not file.replace("/", ".").startswith(fingerprint.LEFT_OUT)}
-        assert unknown == set()
-        assert len(ours & known) > 15
+        assert unknown == set(), run.name
+        assert len(ours & known) > 5
 
 
 # intervals
