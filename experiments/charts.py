@@ -106,7 +106,7 @@ def _rows(panels: Mapping[str, Sequence[Row]], names: Sequence[str], zero: bool 
             axes.errorbar(value.mean, names.index(name), xerr=value.half_width or 0, **options)
         axes.set_title(heading)
         axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
         if zero:
             axes.axvline(0, linewidth=1, color="gray")
     return figure

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.charts import draw
 from experiments.findings import Findings
 from experiments.intervals import Estimate
-from experiments.runs import Place, runs_of
+from experiments.runs import Place, Run, runs_of
 from experiments.study import ROOT, Study, load_study, study_names
 from torchdistill_adv.report.style import LIGHT, render
 
@@ -176,7 +176,8 @@ def with_table(text: str, findings: Findings) -> str:
     if not found:
         return text
     columns = {measure: study.columns[measure] for measure in study.readme["columns"]}
-    return f"{before}{begin}\n{table(findings, columns, '.', study.readme['variants'])}\n\n{end}{after}"
+    shown = "\n\n".join([table(findings, columns, ".", study.readme["variants"]), *_attacks(findings)])
+    return f"{before}{begin}\n{shown}\n\n{end}{after}"
 
 
 def digits_of(heading: str) -> int:
@@ -223,12 +224,10 @@ def _notes(findings: Findings) -> Iterable[str]:
         yield "\n".join(f"* {note.strip()}" for note in notes)
 
 
-def _setup(findings: Findings) -> Iterable[str]:
-    study, place = findings.study, findings.place
-    size = study.setting.sizes[place.size]
-    images = f"{SOURCES[place.source][study.setting.data]}."
-    yield f"{images} {size.description.strip()}"
-    measures = {**study.setting.measures, **size.measures}
+def _attacks(findings: Findings) -> Iterable[str]:
+    """What the attacks were, and on how many images."""
+    setting = findings.study.setting
+    measures = {**setting.measures, **setting.sizes[findings.place.size].measures}
     for name in ("robustness", "autoattack"):
         if name in measures:
             block = measures[name]
@@ -236,7 +235,15 @@ def _setup(findings: Findings) -> Iterable[str]:
                 f"Attacks `{block['attacks']}` within {block['eps']} in l-infinity, each from one start, on "
                 f"{block.get('num_images', 'all')} test images, of {' and '.join(block.get('of', ('last', 'best')))}."
             )
-    if "robustness" in measures:
+
+
+def _setup(findings: Findings) -> Iterable[str]:
+    study, place = findings.study, findings.place
+    size = study.setting.sizes[place.size]
+    images = f"{SOURCES[place.source][study.setting.data]}."
+    yield f"{images} {size.description.strip()}"
+    yield from _attacks(findings)
+    if "robustness" in study.setting.measures:
         yield (
             "*last* is the checkpoint of the last epoch, *best* the one that withstood PGD-10 best on the validation "
             "images. The test images were used for nothing but these numbers; clean accuracy is on all of them."
@@ -259,9 +266,21 @@ def _setup(findings: Findings) -> Iterable[str]:
             f"{len(results)} runs, {hours:.1f} hours of one process each; seconds are of training, several at a time",
             *(f"{machine} ({count} runs)" for machine, count in machines.items()),
             "commits " + ", ".join(f"{commit} ({count})" for commit, count in commits.items()),
+            *_teachers(findings),
             "teachers, by their weights: " + ", ".join(f"{who} ({count})" for who, count in teachers.items()),
         ]
         yield "\n".join(f"* {fact}" for fact in facts if not fact.endswith(": "))
+
+
+def _teachers(findings: Findings) -> Iterable[str]:
+    """The accuracies of the teachers, of the checkpoint that teaches."""
+    setting = findings.study.setting
+    for variant in setting.teachers.values():
+        result = Run(setting, variant, 0, findings.place).result()
+        if result is not None:
+            found = result["measured"].get("best", result["measured"]["last"])
+            values = ", ".join(f"{name} {value:.1f} %" for name, value in found.items() if isinstance(value, float))
+            yield f"{variant.name}, as it teaches: {values}"
 
 
 def _commit(result: Mapping[str, Any]) -> str:
