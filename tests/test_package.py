@@ -112,7 +112,7 @@ def test_lowest_versions_are_the_lower_bounds():
     config = configparser.ConfigParser(interpolation=None)
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
-    names = ("demo", "eval", "report", "tensorboard", "completion", "accelerate", "test")
+    names = ("demo", "eval", "report", "experiments", "tensorboard", "completion", "accelerate", "test")
     lines = "\n".join([config["options"]["install_requires"], *(extras[name] for name in names)]).split()
     bounds = {line.replace(">=", "==") for line in lines if not line.startswith("%")}
     constraints = (ROOT / "tests/lowest.txt").read_text().splitlines()
