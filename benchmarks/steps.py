@@ -68,7 +68,12 @@ PATTERNS = (
     "cifar10/trades/*-resnet18.yaml",
     "cifar100/kd_tald*-resnet20_from_resnet56.yaml",
 )
-FILES = {path.stem.split("-")[0]: path for pattern in PATTERNS for path in sorted((ROOT / "configs").glob(pattern))}
+FILES = {
+    path.stem.split("-")[0]: path
+    for pattern in PATTERNS
+    for path in sorted((ROOT / "configs").glob(pattern))
+    if "adversary" in path.read_text(encoding="utf-8")
+}
 TALD, FAST_TALD, ADAAD = "kd_tald_paper", "kd_tald_fast", "adaad"
 
 FLOAT32 = {"precision": "float32", "channels_last": False, "fold": False, "compile": False}

@@ -151,7 +151,7 @@ class Standardised(nn.Conv2d):
     ],
 )
 def test_which_layers_are_folded(layers, folds):
-    network = used(nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(5)))
+    network = used(nn.Sequential(*layers, nn.LeakyReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(5)))
     rows = torch.randn(5, 3, 8, 8)
     network(rows)
     twin = Twin(network, EXACT, rows)
