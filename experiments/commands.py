@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
+from experiments.findings import seconds_of
 from experiments.runs import Place, Run, runs_of
 from experiments.schedule import BUSY, run_all
 from experiments.study import Study, load_study, study_names
@@ -37,7 +38,7 @@ def list_command(args: argparse.Namespace) -> int:
             own = [run for run in runs if run.variant is variant]
             states = [run.differs() for run in own]
             done = sum(state == [] for state in states)
-            seconds = [result["wall_seconds"] for run in own if (result := run.result()) is not None]
+            seconds = [seconds_of(result) for run in own if (result := run.result()) is not None]
             stale = sorted({what for state in states for what in state or ()})
             notes = [f"about {sum(seconds) / len(seconds) / 60:.1f} min each"] if seconds else []
             notes += [f"out of date, as these changed: {', '.join(stale)}"] if stale else []

@@ -84,6 +84,11 @@ class Findings:
         return estimate([value_of(own, measure) - value_of(other, measure) for own, other in pairs])
 
 
+def seconds_of(result: Result) -> float:
+    """How long a run took: training, which may have been done before its last process, and measuring."""
+    return max(result["wall_seconds"], result.get("seconds", 0.0))
+
+
 def value_of(result: Result, measure: str) -> Any:
     """A measure of a result, such as ``seconds`` or ``last.pgd20``; None if it has none."""
     value: Any = result if measure in result else result["measured"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.charts import draw
-from experiments.findings import Findings
+from experiments.findings import Findings, seconds_of
 from experiments.intervals import Estimate
 from experiments.runs import Place, Run, runs_of
 from experiments.study import ROOT, Study, load_study, study_names
@@ -58,12 +58,17 @@ def write_pages(studies: Sequence[Study], place: Place, folder: Path = PAGES, re
     Returns:
         The files that were written.
     """
-    written = [folder / "README.md"]
+    written = []
     folder.mkdir(parents=True, exist_ok=True)
+    wanted = [study.name for study in studies]
     everything = [Findings.read(load_study(name, place.studies), place) for name in study_names(place.studies)]
-    written[0].write_text(overview(everything), encoding="utf-8")
-    for study in studies:
-        findings = Findings.read(study, place)
+    if place.is_default:
+        written.append(folder / "README.md")
+        written[0].write_text(overview(everything), encoding="utf-8")
+    for findings in everything:
+        study = findings.study
+        if study.name not in wanted:
+            continue
         picture = folder / f"{file_stem(study, place)}.png"
         if findings.results:
             picture.write_bytes(render(lambda findings=findings: draw(findings))[LIGHT])  # type: ignore[misc]
@@ -261,7 +266,7 @@ def _setup(findings: Findings) -> Iterable[str]:
         teachers = Counter(
             f"{result['teacher']['name']} {result['teacher']['weights'][:8]}" for result in results if result["teacher"]
         )
-        hours = sum(max(result["wall_seconds"], result.get("seconds", 0)) for result in results) / 3600
+        hours = sum(map(seconds_of, results)) / 3600
         facts = [
             f"{len(results)} runs, {hours:.1f} hours of one process each; seconds are of training, several at a time",
             *(f"{machine} ({count} runs)" for machine, count in machines.items()),

@@ -105,12 +105,12 @@ def run_all(
 
 def with_teachers(runs: Sequence[tuple[str, Run]]) -> list[Job]:
     """The runs that are not done, each once, and before it the teacher that it needs."""
-    found: dict[Path, Job] = {}
+    each_once: dict[Path, Job] = {}
     for study, run in runs:
         for each in (run.teacher, run):
-            if each is not None and each.result_file not in found and not each.is_done:
-                found[each.result_file] = Job(study, each)
-    return list(found.values())
+            if each is not None:
+                each_once.setdefault(each.result_file, Job(study, each))
+    return [job for job in each_once.values() if not job.run.is_done]
 
 
 def log_file(run: Run) -> Path:

@@ -7,6 +7,7 @@ it, and which of them are compared. Variants of one setting share their results 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -48,8 +49,7 @@ class Variant:
     @property
     def slug(self) -> str:
         """Its name in files."""
-        kept = (letter if letter.isalnum() else "_" for letter in self.name.lower().replace("+", "plus"))
-        return "_".join("".join(kept).split("_")).replace("__", "_").strip("_")
+        return re.sub(r"\W+", "_", self.name.lower().replace("+", "plus")).strip("_")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def _perform(run: Run, device: str | None) -> None:
         raise ConfigError("has no result of the code and configuration of now; run it first", run.teacher.name)
     fingerprint = run.fingerprint()
     commit = git_state(run, fingerprint)
-    started, cpu = time.time(), time.process_time()
+    started = time.time()
     if run.variant.search is not None:
         found = search_and_measure(run, device)
     else:
@@ -70,7 +70,6 @@ def _perform(run: Run, device: str | None) -> None:
         "machine": machine(device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "wall_seconds": time.time() - started,
-        "cpu_seconds": time.process_time() - cpu,
         "fingerprint": fingerprint,
         **found,
     }
