@@ -96,6 +96,7 @@ class Recipe:
 
 
 ADAAD_RECIPE = Recipe(200, (100, 150))
+TWICE_RECIPE = Recipe(400, (200, 300))
 PGD_AT_RECIPE = Recipe(110, (100, 105))
 TRADES_RECIPE = Recipe(76, (74,), weight_decay=2e-4)
 VIT_RECIPE = Recipe(40, (35, 38), batch_size=64, weight_decay=1e-4, max_grad_norm=1.0)
@@ -443,9 +444,13 @@ def term(
     return f"{name}:{remark}\n  criterion:\n    key: '{loss}'\n    kwargs:\n{kwargs}\n  weight: {weight}\n"
 
 
-def rslad(*terms: str) -> str:
+def rslad(*terms: str, search: str = GAUSSIAN) -> str:
     options = ("alpha: 5/6", "objective: 'kl_clean_teacher_student'")
-    return term("rslad", "RSLADLoss", *options, weight="$rslad_weight") + "".join(terms)
+    return term("rslad", "RSLADLoss", *options, search=search, weight="$rslad_weight") + "".join(terms)
+
+
+def akd(search: str = GAUSSIAN) -> str:
+    return term("akd", "AKDLoss", "teacher_share: 0.5", search=search)
 
 
 def adaad(*terms: str, search: str = GAUSSIAN) -> str:
@@ -510,6 +515,11 @@ kd:
       reduction: 'batchmean'
   weight: 1.0
 """
+CLEAN_KD = (
+    KD.replace("'KDLoss' # 0.1 CE + 0.9 T^2 KL", "'KDLoss' # KL on clean images")
+    .replace("temperature: 4.0", "temperature: 1.0")
+    .replace("alpha: 0.1", "alpha: 0.0")
+)
 # as in the hand-written configurations of TALD
 TALD = """\
 tald:
@@ -526,10 +536,19 @@ tald:
 """
 PARTIAL_TRUST = "weigh_teacher: False # True for the idea that a teacher trusted in part counts in part"
 
+FAST_AND_LONG = (
+    "Ours: half the steps, fewest in the first epochs, and twice the epochs, in about the time of ten steps; "
+    "docs/results/combination.md has what that gives small networks on CIFAR-10; these 400 epochs were not run."
+)
+
 HUANG = "Huang et al., CVPR 2023"
 DONG = "Dong et al., CVPR 2024"
 YIN = "Yin et al., CVPR 2024"
 SEARCH_IN_EVAL = "Our reading: the student is in eval mode during the search."
+AKD_FACTS = (
+    "The paper's, from its abstract: labels and the teacher's predictions are mixed. Our reading: half of each, a "
+    "teacher on clean images, and a search on the same mixture."
+)
 RSLAD_FACTS = (
     "RSLAD's paper: alpha = 5/6. Its official code: a Gaussian start of deviation 0.001, and a recipe of its own (300 "
     "epochs, a tenth of the rate after 215, 260 and 285, weight decay 2e-4)."
@@ -560,6 +579,13 @@ METHODS = {
         "AdaAD's official code: the Gaussian start of deviation 0.001; on CIFAR the schedule.",
         term("pgd_at", "PGDATLoss"),
         PGD_AT_RECIPE,
+        teachers=0,
+    ),
+    "pgd_at_fast": Method(
+        "PGD-AT (Madry et al., ICLR 2018) in fewer and longer steps",
+        f"AdaAD's official code: the Gaussian start of deviation 0.001. {FAST_AND_LONG}",
+        term("pgd_at", "PGDATLoss", search=FAST),
+        TWICE_RECIPE,
         teachers=0,
     ),
     "trades": Method(
@@ -599,12 +625,29 @@ METHODS = {
         teachers=2,
     ),
     "rslad": Method("RSLAD (Zi et al., ICCV 2021)", RSLAD_FACTS, rslad()),
+    "rslad_fast": Method(
+        "RSLAD in fewer and longer steps (Zi et al., ICCV 2021)",
+        f"{RSLAD_FACTS} {FAST_AND_LONG}",
+        rslad(search=FAST),
+        TWICE_RECIPE,
+    ),
     "rslad_igdm": Method("RSLAD + IGDM", f"{RSLAD_FACTS} {IGDM_FACTS}", rslad(igdm("kl_clean_teacher_student"))),
     "akd": Method(
         "AKD (Maroto et al., 2022)",
-        "The paper's, from its abstract: labels and the teacher's predictions are mixed. Our reading: half of each, a "
-        "teacher on clean images, and a search on the same mixture. The AKD of AdaAD's table may be this one or AKD2.",
-        term("akd", "AKDLoss", "teacher_share: 0.5"),
+        f"{AKD_FACTS} The AKD of AdaAD's table may be this one or AKD2.",
+        akd(),
+    ),
+    "akd_fast": Method(
+        "AKD in fewer and longer steps (Maroto et al., 2022)",
+        f"{AKD_FACTS} {FAST_AND_LONG}",
+        akd(FAST),
+        TWICE_RECIPE,
+    ),
+    "akd_kd_fast": Method(
+        "AKD in fewer and longer steps, with KD on clean images",
+        f"{AKD_FACTS} Ours: the two together. {FAST_AND_LONG}",
+        akd(FAST) + CLEAN_KD,
+        TWICE_RECIPE,
     ),
     "akd2": Method(
         "AKD2 (Chen et al., ICLR 2021)",
@@ -1008,17 +1051,19 @@ EVERYWHERE = (
     *("gacd", "crdnd"),
 )
 WITH_TWO_TEACHERS = ("iad_ii", "akd2")
+FAST_WITH_TEACHER = ("rslad_fast", "akd_fast", "akd_kd_fast")
 LADDER = ("arkd", "arkd_iakd", "arkd_dbkd")
 COMBINATIONS = {
     CIFAR10.folder: (
         *("kd", "rslad_igdm", "adaad_igdm", "adaad_tald", "adaad_eps16", "adaad_fast"),
-        *("darwin_svgd", "smaraad_kl", "smaraad_feature", *LADDER),
+        *("darwin_svgd", "smaraad_kl", "smaraad_feature", *LADDER, *FAST_WITH_TEACHER),
     ),
-    CIFAR100.folder: ("kd", "rslad_igdm", "adaad_igdm", *LADDER),
+    CIFAR100.folder: ("kd", "rslad_igdm", "adaad_igdm", *LADDER, *FAST_WITH_TEACHER),
 }
 ON_TRANSFORMERS = ("rslad", "darwin", "darwin_lf")
 ON_GENERATED = {CIFAR10.folder: ("iad", "darwin", "darwin_lf"), CIFAR100.folder: ("ard", "darwin", "darwin_lf")}
-NOT_ON_DIGITS = ("adaad_eps16",)  # all students there have one radius
+# all students there have one radius and one schedule
+NOT_ON_DIGITS = ("adaad_eps16", "pgd_at_fast", *FAST_WITH_TEACHER)
 
 
 def robustbench(data: Data) -> Teacher:
@@ -1044,10 +1089,12 @@ def cifar_files(data: Data) -> Iterator[tuple[str, str]]:
 
     def taught(name: str, student: Network, teacher: Teacher, subfolder: str, at: Data = data) -> tuple[str, str]:
         path, method = f"{folder}/{subfolder}/{name}-{student.slug}", METHODS[name]
-        return render(path, at, method, student, teacher, standard if method.teachers == 2 else None)
+        second = standard if method.teachers == 2 else None
+        return render(path, at, method, student, teacher, second, recipe=method.recipe)
 
     yield alone("trades", WRN, "The teacher of the folder trades, by ", "_teacher")
     yield alone("ce", RESNET18, "The standard teacher of IAD-II and AKD2, by ", "_teacher")
+    yield alone("pgd_at_fast", RESNET18)
     for student in (RESNET18, MOBILENET):
         for name in ("pgd_at", "trades"):
             yield alone(name, student)

@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
     listed.add_argument("names", nargs="*", metavar="NAME")
     run = commands.add_parser("run", parents=[place], help="do the runs that are missing or out of date")
     run.add_argument("names", nargs="+", metavar="NAME", help="studies, or all")
-    run.add_argument("--budget", type=float, help="minutes, after which it stops; the next time it goes on")
+    run.add_argument(
+        "--budget", type=float, help="minutes, after which it stops, and the next time goes on (default: the studies')"
+    )
     run.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     run.add_argument("--only", nargs="+", default=(), metavar="VARIANT")
     run.add_argument("--seeds", type=int, help="only the first so many seeds")

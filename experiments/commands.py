@@ -61,7 +61,11 @@ def run_command(args: argparse.Namespace) -> int:
         runs += [(study.name, run) for run in found if args.seeds is None or run.seed < args.seeds]
     # variants that studies share are of one part
     unique = list({run.result_file: (study, run) for study, run in reversed(runs)}.values())[::-1]
-    return min(1, run_all(unique[part - 1 :: parts], args.jobs, args.budget, args.device))
+    budgets = [study.budget.get(place.size) for study in studies_of(args)]
+    budget = args.budget
+    if budget is None and None not in budgets:
+        budget = sum(minutes for minutes in budgets if minutes is not None)
+    return min(1, run_all(unique[part - 1 :: parts], args.jobs, budget, args.device))
 
 
 def one_command(args: argparse.Namespace) -> int:

@@ -90,8 +90,13 @@ def seconds_of(result: Result) -> float:
 
 
 def value_of(result: Result, measure: str) -> Any:
-    """A measure of a result, such as ``seconds`` or ``last.pgd20``; None if it has none."""
+    """A measure of a result, such as ``seconds`` or ``last.pgd20``; None if it has none.
+
+    ``validation.clean`` and ``validation.robust`` are of the validation images, at the last epoch.
+    """
     value: Any = result if measure in result else result["measured"]
+    if measure.startswith("validation."):
+        value = {"validation": result["epochs"][-1].get("robust_validation")}
     for part in measure.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value

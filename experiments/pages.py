@@ -240,6 +240,9 @@ def _attacks(findings: Findings) -> Iterable[str]:
                 f"Attacks `{block['attacks']}` within {block['eps']} in l-infinity, each from one start, on "
                 f"{block.get('num_images', 'all')} test images, of {' and '.join(block.get('of', ('last', 'best')))}."
             )
+    counts = {measures[name].get("num_images") for name in ("robustness", "autoattack") if name in measures}
+    if len(counts) > 1:
+        yield "Columns of attacks on other images, which may be easier ones, do not compare with each other."
 
 
 def _setup(findings: Findings) -> Iterable[str]:

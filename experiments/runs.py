@@ -137,6 +137,8 @@ class Run:
         plain = plain_config(self.config_file)
         teacher = self.teacher
         found = {path: value for path, value in self._of_size().items() if _has(plain, path)}
+        if self.variant.duration != 1:
+            found |= longer(plain["train"], found, self.variant.duration)
         for split in ("train", "val", "test"):
             kwargs = json.dumps({**self.images(), "split": split})
             call = f"!import_call {{key: 'experiments.data.Images', init: {{kwargs: {kwargs}}}}}"
@@ -243,6 +245,16 @@ def with_radius(plain: Mapping[str, Any], eps: Any) -> dict[str, Any]:
             step_size = number(kwargs["adversary"]["kwargs"]["step_size"], "step_size")
             found[option_path(f"{name}.adversary.kwargs.step_size")] = ratio * step_size
     return found
+
+
+def longer(plain: Mapping[str, Any], overrides: Mapping[str, Any], times: float) -> dict[str, Any]:
+    """Overrides that make a schedule so many times as long as the configuration, or other overrides, have it."""
+    epochs, milestones = "train.num_epochs", "train.scheduler.kwargs.milestones"
+    own = plain["scheduler"]["kwargs"]["milestones"]
+    return {
+        epochs: round(times * overrides.get(epochs, plain["num_epochs"])),
+        milestones: [round(times * epoch) for epoch in overrides.get(milestones, own)],
+    }
 
 
 def option_path(option: str) -> str:

@@ -33,6 +33,7 @@ class Variant:
         options: of loss terms, ``{term.option: value}``.
         overrides: of any other entry of the configuration, by dotted path.
         search: adversary of particles, in the place of ``config``.
+        duration: how many times the epochs of the setting, and so their milestones.
         seeds: how many, from 0.
         note: what a reader has to know, for the table.
     """
@@ -43,6 +44,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] | None = None
+    duration: float = 1.0
     seeds: int = 3
     note: str = ""
 
@@ -137,6 +139,7 @@ class Study:
         notes: what a reader has to know.
         chart: of the picture, as :mod:`experiments.charts` has it.
         readme: ``columns`` and ``variants`` of its table in the README; empty for none.
+        budget: minutes that one ``run`` takes at most, by size, unless the command says otherwise.
     """
 
     name: str
@@ -150,6 +153,7 @@ class Study:
     notes: Sequence[str] = ()
     chart: Mapping[str, Any] = field(default_factory=dict)
     readme: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    budget: Mapping[str, float] = field(default_factory=dict)
 
     def variant(self, name: str) -> Variant:
         """The one of that name."""

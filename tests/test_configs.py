@@ -320,7 +320,15 @@ BSS = {"batch_size": 256, "num_epochs": 80, "milestones": [39, 59], "weight_deca
 BOUNDARY = {"num_base": 64, "temperature": 3.0, "kd_weight": 3.0, "bss_weight": 2.0, "num_steps": 10, "step_size": 0.3}
 BOUNDARY |= {"norm": "l2", "eps": float("inf"), "space": "input", "start": None}
 BOUNDARY |= {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}
+
+
+def fast(term):
+    """Five steps that go as far as ten of half the length."""
+    return {f"{term}.num_steps": 5, f"{term}.first_num_steps": 2, f"{term}.step_size": "4/255"}
+
+
 # by the beginning of the file's name; what is not named here is the recipe of AdaAD, and SEARCH for every term
+LONG = {"num_epochs": 400, "milestones": [200, 300]}
 METHODS = {
     "pgd_at": {"num_epochs": 110, "milestones": [100, 105]},
     "trades": TRADES,
@@ -349,8 +357,11 @@ METHODS = {
     "adaad_igdm": ADAAD | {"igdm.objective": "kl_teacher_student"},
     "adaad_tald": ADAAD,
     "adaad_eps16": ADAAD | {"adaad.eps": "16/255", "adaad.step_size": "4/255"},
-    # five steps go as far as ten of half the length
-    "adaad_fast": ADAAD | {"adaad.num_steps": 5, "adaad.first_num_steps": 2, "adaad.step_size": "4/255"},
+    "adaad_fast": ADAAD | fast("adaad"),
+    "pgd_at_fast": LONG | fast("pgd_at"),
+    "rslad_fast": LONG | RSLAD | fast("rslad"),
+    "akd_fast": LONG | {"akd.teacher_share": 0.5} | fast("akd"),
+    "akd_kd_fast": LONG | {"akd.teacher_share": 0.5, "kd.temperature": 1.0, "kd.alpha": 0.0} | fast("akd"),
     "adaiad": {"adaiad.temperature": 30.0, "adaiad.beta": 0.1, "adaiad.begin_epoch": 60, "adaiad.weigh_teacher": False},
     "dgad": {"dgad.beta": 1.0},
     "gacd": {"max_grad_norm": 1.0},

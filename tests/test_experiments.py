@@ -25,7 +25,7 @@ from PIL import Image
 
 from experiments import commands, data, fingerprint, pages
 from experiments.__main__ import main
-from experiments.findings import Findings
+from experiments.findings import Findings, value_of
 from experiments.intervals import Estimate, estimate, estimate_with_images
 from experiments.measure import load_network, measure_all, pack, unpack
 from experiments.networks import StridedCNN
@@ -156,6 +156,8 @@ def test_students_of_a_setting_have_one_schedule_one_network_and_a_teacher_in_ev
                 ("optimizer", "max_grad_norm"),
             ):
                 train[block] = {**(train[block] or {}), key: None}
+            epochs = [train.pop("num_epochs"), *train["scheduler"]["kwargs"].pop("milestones")]
+            train["epochs"] = [epoch / run.variant.duration for epoch in epochs]
             assert schedules.setdefault(run.setting.name, train) == train, run.variant.name
             assert networks.setdefault(run.setting.name, run.network()) == run.network()
             if run.teacher:
@@ -447,6 +449,7 @@ def test_a_result_has_all_that_repeats_it(done):
     assert last["clean"] == pytest.approx(100 * np.mean(unpack(last["outcomes"]["clean"])))
     assert len(unpack(last["outcomes"]["clean"])) == 60 and len(unpack(last["outcomes"]["pgd3"])) == 20
     assert set(rslad["measured"]) == {"last", "best"} and len(rslad["epochs"]) == 2
+    assert value_of(rslad, "validation.robust") == rslad["epochs"][1]["robust_validation"]["robust"]
     assert str(done) not in json.dumps(rslad)
 
 
@@ -482,6 +485,35 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, done, packs):
     assert again["weights"] == before["weights"]
     assert again["measured"]["last"]["outcomes"] == before["measured"]["last"]["outcomes"]
     assert again["fingerprint"] == before["fingerprint"]
+
+
+def test_a_budget_is_that_of_the_command_or_of_the_studies(tmp_path, monkeypatch):
+    folder = write_study(tmp_path, {**STUDY, "budget": {"small": 20}})
+    (folder / "studies" / "two.yaml").write_text(yaml.safe_dump({**STUDY, "budget": {"small": 7}}))
+    (folder / "studies" / "open.yaml").write_text(yaml.safe_dump(STUDY))
+    asked = []
+    monkeypatch.setattr(commands, "run_all", lambda runs, jobs, budget, device: asked.append(budget) or 0)
+    for arguments in (["one"], ["one", "two"], ["all"], ["all", "--budget", "3"]):
+        main(["run", *arguments, "--studies", str(folder)])
+    assert asked == [20, 27, None, 3]
+
+
+def test_a_variant_may_train_longer_than_its_setting(tmp_path):
+    study = json.loads(json.dumps(STUDY))
+    study["variants"]["RSLAD"]["duration"] = 2.5
+    folder = write_study(tmp_path, study)
+    place = Place(studies=folder)
+    [run] = runs_of(load_study("one", folder), place, ["RSLAD"])[:1]
+    train = plain_config(run.config_file, run.overrides())["train"]
+    assert (train["num_epochs"], train["scheduler"]["kwargs"]["milestones"]) == (5, [2])
+    # where the setting leaves the schedule to the configuration, that is what is longer
+    setting = json.loads(json.dumps(SETTING))
+    del setting["sizes"]["small"]["overrides"]["train.num_epochs"]
+    del setting["sizes"]["small"]["overrides"]["train.scheduler.kwargs.milestones"]
+    write_study(tmp_path, study, setting)
+    [run] = runs_of(load_study("one", folder), place, ["RSLAD"])[:1]
+    train = plain_config(run.config_file, run.overrides())["train"]
+    assert (train["num_epochs"], train["scheduler"]["kwargs"]["milestones"]) == (500, [250, 375])
 
 
 def test_a_budget_stops_the_runs_and_their_processes(tmp_path, packs):
