@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     run.add_argument("--only", nargs="+", default=(), metavar="VARIANT")
-    run.add_argument("--seeds", type=int, help="only the first so many seeds")
+    run.add_argument("--seeds", type=int, help="only the first so many seeds; 0: only the teachers")
     run.add_argument("--part", default="1/1", help="2/3 is the second of three parts, for several machines")
     run.add_argument("--device")
     table = commands.add_parser(

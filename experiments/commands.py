@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+from typing import Any
 
 from experiments.findings import seconds_of
 from experiments.runs import Place, Run, runs_of
 from experiments.schedule import BUSY, run_all
 from experiments.study import Study, load_study, study_names
 from experiments.work import perform
-from torchdistill_adv.errors import ConfigError
+from torchdistill_adv.errors import ConfigError, nearest
 
 FOLDERS = ("results", "state", "studies")
 
@@ -49,6 +50,10 @@ def list_command(args: argparse.Namespace) -> int:
 def run_command(args: argparse.Namespace) -> int:
     """Do the runs of studies."""
     place = place_of(args)
+    known = [variant.name for study in studies_of(args) for variant in study.variants]
+    for name in args.only:
+        if name not in known:
+            raise ConfigError(f"found '{name}'; {nearest(name, known)}", "--only")
     try:
         part, parts = map(int, args.part.split("/"))
         if not 1 <= part <= parts:
@@ -58,7 +63,11 @@ def run_command(args: argparse.Namespace) -> int:
     runs: list[tuple[str, Run]] = []
     for study in studies_of(args):
         found = runs_of(study, place, args.only)
-        runs += [(study.name, run) for run in found if args.seeds is None or run.seed < args.seeds]
+        if args.seeds == 0:
+            found = [run.teacher for run in found if run.teacher is not None]
+        elif args.seeds is not None:
+            found = [run for run in found if run.seed < args.seeds]
+        runs += [(study.name, run) for run in found]
     # variants that studies share are of one part
     unique = list({run.result_file: (study, run) for study, run in reversed(runs)}.values())[::-1]
     budgets = [study.budget.get(place.size) for study in studies_of(args)]
@@ -82,6 +91,8 @@ def table_command(args: argparse.Namespace) -> int:
     """Write the pages of studies."""
     from experiments.pages import write_pages
 
-    for path in write_pages(studies_of(args), place_of(args)):
+    place = place_of(args)
+    where: dict[str, Any] = {} if place.is_ours else {"folder": place.results / "pages", "readme": None}
+    for path in write_pages(studies_of(args), place, **where):
         print(path)
     return 0

@@ -39,21 +39,25 @@ its configuration, seed, commit and machine. `python -m experiments table all` w
 ```sh
 pip install '.[experiments]'
 python -m experiments list                                          # studies, what is done, what is out of date
-EXPERIMENTS_PACKS=FOLDER python -m experiments run all --budget 60  # an hour; the next time it goes on
+EXPERIMENTS_PACKS=FOLDER python -m experiments run robust           # an hour at most; the next time it goes on
+EXPERIMENTS_PACKS=FOLDER python -m experiments run all --budget 30  # all of them, for half an hour
 python -m experiments run robust --source torchvision               # downloads CIFAR, and has results of its own
 python -m experiments run robust --size full --source torchvision --jobs 1  # ResNet-18 for 200 epochs, on a GPU
 python -m experiments table all                                     # pages, pictures, the tables of the README
 ```
 
-`--part 1/3` to `3/3` share the runs between machines: copy their result files together. A result whose configuration
+`--part 1/3` to `3/3` share the runs between machines: run the teachers on one, which `--seeds 0` does, copy its results
+to the others, and all results together at the end. A result whose configuration
 has changed counts as missing; one with other code is shown with †, until it is run again. A study is a
 [YAML file](../../experiments/studies), and `--studies FOLDER` takes your own.
 
 Accuracies are in percent. **No difference** is one within its 95 % interval, whatever it may be with more seeds."""
 
 
-def write_pages(studies: Sequence[Study], place: Place, folder: Path = PAGES, readme: Path = README) -> list[Path]:
-    """Write the pages, pictures and tables of the README of studies.
+def write_pages(
+    studies: Sequence[Study], place: Place, folder: Path = PAGES, readme: Path | None = README
+) -> list[Path]:
+    """Write the pages and pictures of studies into ``folder``, and their tables into ``readme``.
 
     Returns:
         The files that were written.
@@ -76,7 +80,7 @@ def write_pages(studies: Sequence[Study], place: Place, folder: Path = PAGES, re
         path = folder / f"{file_stem(study, place)}.md"
         path.write_text(page(findings), encoding="utf-8")
         written.append(path)
-        if study.readme and place.is_default and readme.exists():
+        if study.readme and place.is_default and readme is not None:
             readme.write_text(with_table(readme.read_text(encoding="utf-8"), findings), encoding="utf-8")
             written.append(readme)
     return written
@@ -120,13 +124,16 @@ def overview(everything: Sequence[Findings]) -> str:
         total = runs + len(findings.missing)
         marked = f", {len(findings.outdated)} of them with older code{OUTDATED}" if findings.outdated else ""
         parts.append(f"## [{study.title}]({study.name}.md)")
-        parts.append(f"{study.question.strip()} {runs} of {total} runs{marked}.")
+        seconds = sum(seconds_of(result) for of_variant in findings.results.values() for result in of_variant.values())
+        hours = f" in about {seconds / 3600:.1f} hours of one process" if runs else ""
+        parts.append(f"{study.question.strip()} {runs} of {total} runs{hours}{marked}.")
         lines = [*_against_reference(findings)]
         for comparison in study.comparisons:
             found = findings.difference(comparison.variant, comparison.reference, comparison.measure)
             if found is not None and found.half_width is not None:
                 names = f"{comparison.variant} against {comparison.reference}"
-                lines.append(f"{comparison.says}: {names}, {found.text(2, sign=True)}, **{found.verdict}**")
+                digits = 1 + digits_of(study.columns.get(comparison.measure, "%"))
+                lines.append(f"{comparison.says}: {names}, {found.text(digits, sign=True)}, **{found.verdict}**")
         parts += ["\n".join(f"* {line}" for line in lines)] if lines else []
     return "\n\n".join(parts) + "\n"
 
@@ -211,8 +218,9 @@ def _comparisons(findings: Findings) -> Iterable[str]:
             rows.append([f"{comparison.says}<br>{names}", "", "", "not run"])
             continue
         width = found.half_width
-        interval = "" if width is None else f"{found.mean - width:+.2f} to {found.mean + width:+.2f}"
-        rows.append([f"{comparison.says}<br>{names}", f"{found.mean:+.2f}", interval, found.verdict])
+        digits = 1 + digits_of(findings.study.columns.get(comparison.measure, "%"))
+        ends = "" if width is None else f"{found.mean - width:+.{digits}f} to {found.mean + width:+.{digits}f}"
+        rows.append([f"{comparison.says}<br>{names}", f"{found.mean:+.{digits}f}", ends, found.verdict])
     if len(rows) > 2:
         yield "## Differences"
         yield _markdown(rows)
@@ -254,7 +262,7 @@ def _setup(findings: Findings) -> Iterable[str]:
     if "robustness" in study.setting.measures:
         yield (
             "*last* is the checkpoint of the last epoch, *best* the one that withstood PGD-10 best on the validation "
-            "images. The test images were used for nothing but these numbers; clean accuracy is on all of them."
+            "images: checkpoints are selected without the test images. Clean accuracy is on all of these."
         )
     yield (
         "Means over the seeds, with 95 % intervals of Student's t. A difference is taken seed by seed: students with a "
@@ -271,7 +279,8 @@ def _setup(findings: Findings) -> Iterable[str]:
         )
         hours = sum(map(seconds_of, results)) / 3600
         facts = [
-            f"{len(results)} runs, {hours:.1f} hours of one process each; seconds are of training, several at a time",
+            f"{len(results)} runs, {hours:.1f} hours of one process or a little more; seconds are of training, several "
+            "at a time on a busy machine",
             *(f"{machine} ({count} runs)" for machine, count in machines.items()),
             "commits " + ", ".join(f"{commit} ({count})" for commit, count in commits.items()),
             *_teachers(findings),

@@ -46,8 +46,13 @@ class Place:
 
     @property
     def is_default(self) -> bool:
-        """Whether its results are those of the pages and the README."""
+        """Whether its results are those of the overview and the README."""
         return (self.size, self.source) == ("small", "packs")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether studies and results are those of the repository."""
+        return (self.results, self.studies) == (Place.results, Place.studies)
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ class Run:
             return None
         found = differing(result["fingerprint"], self.fingerprint())
         taught_by = self.teacher and self.teacher.result()
-        if taught_by and result["teacher"]["weights"] != taught_by["weights"]["taught"]:
+        if taught_by and (result["teacher"] or {}).get("weights") != taught_by["weights"]["taught"]:
             found.append("teacher")
         return found
 
@@ -220,13 +225,7 @@ def runs_of(study: Study, place: Place, only: Sequence[str] = ()) -> list[Run]:
         study: the study.
         place: where.
         only: names of the variants that are wanted; by default all.
-
-    Raises:
-        ConfigError: a variant that the study does not have.
     """
-    for name in only:
-        if name not in [variant.name for variant in study.variants]:
-            raise ConfigError(f"found '{name}'; {nearest(name, [v.name for v in study.variants])}", "--only")
     variants = [variant for variant in study.variants if not only or variant.name in only]
     last = max((variant.seeds for variant in variants), default=0)
     return [

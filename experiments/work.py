@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -24,6 +25,7 @@ from experiments.train import checkpoints, train
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.evaluation.autoattack import LIBRARIES
 from torchdistill_adv.evaluation.results import write_json
+from torchdistill_adv.runner.records import run_directory
 
 PACKAGES = ("torch", "torchvision", "torchdistill", "timm", *LIBRARIES)
 
@@ -56,6 +58,7 @@ def _perform(run: Run, device: str | None) -> None:
         found = search_and_measure(run, device)
     else:
         found = train(run, device)
+        _forget_other_outcomes(run, fingerprint)
         found |= measure_all(run, checkpoints(run), device)
     result = {
         "setting": run.setting.name,
@@ -74,6 +77,17 @@ def _perform(run: Run, device: str | None) -> None:
         **found,
     }
     write_json(result, run.result_file)
+
+
+def _forget_other_outcomes(run: Run, fingerprint: Mapping[str, Any]) -> None:
+    """Remove the journal of an evaluation that was interrupted and had other code or other measures."""
+    directory = run_directory(str(run.checkpoint))
+    now = json.dumps(fingerprint["measures"], indent=1)
+    kept = directory / "measures.json"
+    if not (kept.exists() and kept.read_text(encoding="utf-8") == now):
+        (directory / "evaluation.jsonl").unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    kept.write_text(now, encoding="utf-8")
 
 
 def _shown(run: Run) -> dict[str, Any]:
