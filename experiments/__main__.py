@@ -34,6 +34,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=int, help="only the first so many seeds; 0: only the teachers")
     run.add_argument("--part", default="1/1", help="2/3 is the second of three parts, for several machines")
     run.add_argument("--device")
+    timed = commands.add_parser("time", parents=[place], help="train the variants in turn and briefly, for their time")
+    timed.add_argument("names", nargs="+", metavar="NAME", help="studies")
+    timed.add_argument("--rounds", type=int, default=3, help="times that each is trained (default: 3)")
+    timed.add_argument("--device")
     table = commands.add_parser(
         "table", parents=[place], help="write docs/results/NAME.md, its picture, and the README"
     )

@@ -87,6 +87,15 @@ def one_command(args: argparse.Namespace) -> int:
     return 0 if perform(run, args.device) else BUSY
 
 
+def time_command(args: argparse.Namespace) -> int:
+    """Time the variants of studies."""
+    from experiments.timing import time_study
+
+    for study in studies_of(args):
+        print(time_study(study, place_of(args), args.rounds, args.device))
+    return 0
+
+
 def table_command(args: argparse.Namespace) -> int:
     """Write the pages of studies."""
     from experiments.pages import write_pages

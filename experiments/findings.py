@@ -12,6 +12,7 @@ from experiments.intervals import Estimate, estimate, estimate_with_images
 from experiments.measure import unpack
 from experiments.runs import Place, Run, runs_of
 from experiments.study import Study, Variant
+from experiments.timing import read_times, relative_times
 
 Result = Mapping[str, Any]
 
@@ -26,6 +27,7 @@ class Findings:
         results: by variant and seed.
         missing: runs that were not done, or with a result of another configuration.
         outdated: runs with a result of other code, and the files that have changed since; it is among the results.
+        times: what :func:`experiments.timing.time_study` has written.
     """
 
     study: Study
@@ -33,6 +35,7 @@ class Findings:
     results: Mapping[str, Mapping[int, Result]]
     missing: tuple[Run, ...]
     outdated: tuple[tuple[Run, tuple[str, ...]], ...]
+    times: Mapping[str, Any]
 
     @classmethod
     def read(cls, study: Study, place: Place) -> Findings:
@@ -47,7 +50,7 @@ class Findings:
             results.setdefault(run.variant.name, {})[run.seed] = result
             if differs:
                 outdated.append((run, tuple(differs)))
-        return cls(study, place, results, tuple(missing), tuple(outdated))
+        return cls(study, place, results, tuple(missing), tuple(outdated), read_times(study, place))
 
     @property
     def variants(self) -> list[Variant]:
@@ -60,7 +63,9 @@ class Findings:
         return {run.variant.name for run, _ in self.outdated}
 
     def values(self, name: str, measure: str) -> dict[int, float]:
-        """A measure of a variant by seed; empty where it has none."""
+        """A measure of a variant by seed, or ``time`` by round; empty where it has none."""
+        if measure == "time":
+            return relative_times(self.times, name, self.study.timed)
         found = {seed: value_of(result, measure) for seed, result in self.results.get(name, {}).items()}
         return {seed: value for seed, value in found.items() if value is not None}
 

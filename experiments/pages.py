@@ -193,8 +193,8 @@ def with_table(text: str, findings: Findings) -> str:
 
 
 def digits_of(heading: str) -> int:
-    """Decimals of a column: percent have one, other measures three."""
-    return 1 if "%" in heading else 3
+    """Decimals of a column: percent have one, times two, other measures three."""
+    return 1 if "%" in heading else 2 if "time" in heading else 3
 
 
 def _cell(found: Estimate | None, heading: str) -> str:
@@ -284,6 +284,7 @@ def _setup(findings: Findings) -> Iterable[str]:
             *(f"{machine} ({count} runs)" for machine, count in machines.items()),
             "commits " + ", ".join(f"{commit} ({count})" for commit, count in commits.items()),
             *_teachers(findings),
+            *_times(findings),
             "teachers, by their weights: " + ", ".join(f"{who} ({count})" for who, count in teachers.items()),
         ]
         yield "\n".join(f"* {fact}" for fact in facts if not fact.endswith(": "))
@@ -298,6 +299,18 @@ def _teachers(findings: Findings) -> Iterable[str]:
             found = result["measured"].get("best", result["measured"]["last"])
             values = ", ".join(f"{name} {value:.1f} %" for name, value in found.items() if isinstance(value, float))
             yield f"{variant.name}, as it teaches: {values}"
+
+
+def _times(findings: Findings) -> Iterable[str]:
+    """How the variants were timed."""
+    times, study = findings.times, findings.study
+    if times and study.timed:
+        rounds = len(times["seconds"][study.timed])
+        yield (
+            f"times are those of {study.timed}, in training alone: all variants in turn, {rounds} rounds, on "
+            f"{times['num_train']} images, {_machine(times['machine'])}, commit {_commit(times)}: "
+            f"`python -m experiments time {study.name}`"
+        )
 
 
 def _commit(result: Mapping[str, Any]) -> str:

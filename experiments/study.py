@@ -134,6 +134,7 @@ class Study:
         setting: that its variants share.
         variants: in the order of the table.
         columns: measures in the table, heading by path.
+        timed: variant in whose time the measure ``time`` is, that of ``python -m experiments time``.
         reference: every other variant is compared with it: ``{variant, measure}``.
         comparisons: what else is compared.
         notes: what a reader has to know.
@@ -148,6 +149,7 @@ class Study:
     setting: Setting
     variants: tuple[Variant, ...]
     columns: Mapping[str, str]
+    timed: str = ""
     reference: Mapping[str, str] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
     notes: Sequence[str] = ()
@@ -183,6 +185,8 @@ def load_study(name: str, folder: Path = HERE) -> Study:
             for i, comparison in enumerate(found):
                 for who in (comparison.variant, comparison.reference):
                     _known(who, [variant.name for variant in variants], str(i))
+        if block.get("timed"):
+            _known(block["timed"], [variant.name for variant in variants], "timed")
         return build(Study, block, "", name=name, setting=setting, variants=variants, comparisons=tuple(found))
 
 

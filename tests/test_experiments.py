@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import commands, data, fingerprint, pages
+from experiments import commands, data, fingerprint, pages, timing
 from experiments.__main__ import main
 from experiments.findings import Findings, value_of
 from experiments.intervals import Estimate, estimate, estimate_with_images
@@ -33,6 +33,7 @@ from experiments.particles import search_and_measure
 from experiments.runs import Place, runs_of
 from experiments.schedule import with_teachers
 from experiments.study import HERE, ROOT, load_study, study_names
+from experiments.work import perform
 from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.evaluation.similarity import boundary_similarity, describe_similarity
 from torchdistill_adv.runner import run as train
@@ -528,6 +529,32 @@ def test_a_budget_stops_the_runs_and_their_processes(tmp_path, packs):
     assert log.stat().st_size == size
 
 
+def test_outcomes_of_other_attack_code_are_not_used_again(tmp_path, with_packs):
+    folder = write_study(tmp_path)
+    place = Place(results=folder / "results", state=folder / "state", studies=folder)
+    run = runs_of(load_study("one", folder), place, ["PGD-AT"])[0]
+    assert perform(run)
+    directory = run.checkpoint.with_suffix("")
+    journal, measures = directory / "evaluation.jsonl", directory / "measures.json"
+    lines = journal.read_text().splitlines()
+    kept = json.loads(measures.read_text())
+    assert lines and kept == run.fingerprint()["measures"]
+    journal.write_text("\n".join([*lines, *lines, ""]))
+    run.result_file.unlink()
+    assert perform(run) and len(journal.read_text().splitlines()) == 2 * len(lines)
+    kept["code"]["torchdistill_adv/evaluation/engine.py"] = "another"
+    measures.write_text(json.dumps(kept, indent=1))
+    run.result_file.unlink()
+    assert perform(run) and len(journal.read_text().splitlines()) == len(lines)
+
+
+def test_teachers_can_be_run_first(tmp_path, packs):
+    folder = write_study(tmp_path)
+    code, output = finish(command(folder, packs, "run", "one", "--seeds", "0"))
+    assert code == 0 and "1 runs to do" in output
+    assert set(results_in(folder)) == {"robust_teacher-0"}
+
+
 def test_a_run_that_fails_is_told_and_the_others_are_done(tmp_path, packs):
     study = json.loads(json.dumps(STUDY))
     study["variants"]["broken"] = {
@@ -556,6 +583,8 @@ def test_parts_are_everything_once(tmp_path, monkeypatch):
 def test_a_wrong_argument_is_one_line(packs, tmp_path):
     code, output = finish(command(write_study(tmp_path), packs, "run", "oone"))
     assert code == 2 and output.strip() == "error: studies: found 'oone'; did you mean 'one'? Known: one."
+    code, output = finish(command(tmp_path, packs, "run", "one", "--only", "RSLAAD"))
+    assert code == 2 and output.startswith("error: --only: found 'RSLAAD'; did you mean 'RSLAD'?")
     code, output = finish(command(tmp_path, packs, "run", "one", "--part", "4/3"))
     assert code == 2 and output.startswith("error: --part: found '4/3'")
 
@@ -585,6 +614,26 @@ def test_a_student_of_a_teacher_that_is_gone_waits_for_another(done, tmp_path, p
     assert not teacher.is_done
     jobs = with_teachers([("one", run) for run in runs_of(study, place, ["RSLAD"])])
     assert jobs[0].run.name == "robust_teacher-0"
+
+
+def test_times_are_of_trainings_in_turn(done, tmp_path, monkeypatch, with_packs):
+    monkeypatch.setattr(timing, "NUM_TRAIN", 32)
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    columns = {**STUDY["columns"], "time": "time"}
+    write_study(folder, {**STUDY, "timed": "PGD-AT", "columns": columns})
+    before = set(folder.rglob("*"))
+    study = load_study("one", folder)
+    place = Place(results=folder / "results", state=folder / "state", studies=folder)
+    file = timing.time_study(study, place, 2)
+    assert set(folder.rglob("*")) - before == {file, file.parent}
+    times = json.loads(file.read_text())
+    assert {name: len(found) for name, found in times["seconds"].items()} == {"PGD-AT": 2, "RSLAD": 2}
+    findings = findings_of(folder)
+    assert findings.values("PGD-AT", "time") == {0: 1.0, 1: 1.0}
+    own, other = times["seconds"]["RSLAD"], times["seconds"]["PGD-AT"]
+    assert findings.values("RSLAD", "time") == {i: own[i] / other[i] for i in (0, 1)}
+    assert "2 rounds, on 32 images" in pages.page(findings) and "| 1.00 ± 0.00 |" in pages.page(findings)
 
 
 # other measures
@@ -696,6 +745,23 @@ def test_a_page_has_the_numbers_of_the_results(done, tmp_path):
     assert "[PGD-AT]" in text and "[PGD-AT]" not in readme
     again = pages.with_table(readme, findings_of(done))
     assert again == readme
+
+
+def test_pages_of_other_studies_stay_beside_their_results(done, packs, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    before = {file: file.stat().st_mtime_ns for file in [*pages.PAGES.iterdir(), pages.README]}
+    code, output = finish(command(folder, packs, "table", "all"))
+    assert code == 0 and {Path(line).parent for line in output.split()} == {folder / "results" / "pages"}
+    assert before == {file: file.stat().st_mtime_ns for file in [*pages.PAGES.iterdir(), pages.README]}
+
+
+def test_a_variant_that_gains_a_teacher_is_to_be_run_again(done, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    variants = {**STUDY["variants"], "PGD-AT": {**STUDY["variants"]["RSLAD"], "seeds": 2}}
+    write_study(folder, {**STUDY, "variants": variants})
+    assert "PGD-AT" not in findings_of(folder).results and "RSLAD" in findings_of(folder).results
 
 
 def test_results_of_other_code_are_marked_and_of_another_configuration_not_shown(done, tmp_path):
