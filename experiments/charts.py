@@ -41,28 +41,6 @@ def differences(findings: Findings, heading: str) -> Figure:
     return _rows({heading: rows}, [name for name, _ in rows], zero=True)
 
 
-def scatter(findings: Findings, x: str, y: str, headings: Sequence[str]) -> Figure:
-    """A point for every variant, with 95 % intervals over the seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.6))
-    axes = figure.subplots()
-    for number, variant in enumerate(findings.variants):
-        places = [findings.estimate(variant.name, measure) for measure in (x, y)]
-        if None not in places:
-            across, up = (place for place in places if place is not None)
-            axes.errorbar(
-                *(across.mean, up.mean, up.half_width or 0),
-                label=variant.name,
-                linestyle="none",
-                capsize=3,
-                **look(number),
-            )
-    axes.set(xlabel=headings[0], ylabel=headings[1])
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
 def lines(findings: Findings, y: str, headings: Sequence[str], log: bool = False) -> Figure:
     """A line for all variants of one name before ``, K =``, over the number of particles."""
     from matplotlib.figure import Figure
@@ -89,7 +67,6 @@ def lines(findings: Findings, y: str, headings: Sequence[str], log: bool = False
 CHARTS: Mapping[str, Callable[..., Any]] = {
     "dots": dots,
     "differences": differences,
-    "scatter": scatter,
     "lines": lines,
 }
 

@@ -188,7 +188,7 @@ def with_table(text: str, findings: Findings) -> str:
     if not found:
         return text
     columns = {measure: study.columns[measure] for measure in study.readme["columns"]}
-    shown = "\n\n".join([table(findings, columns, ".", study.readme["variants"]), *_attacks(findings)])
+    shown = "\n\n".join([table(findings, columns, ".", study.readme["variants"]), *_caption(findings)])
     return f"{before}{begin}\n{shown}\n\n{end}{after}"
 
 
@@ -233,23 +233,35 @@ def _notes(findings: Findings) -> Iterable[str]:
         for result in results.values():
             flags.update({(name, flag["name"]) for flag in result["measured"].get("last", {}).get("flags", ())})
     notes += [f"Flagged by the evaluation: {name}, {flag} ({count} runs)." for (name, flag), count in flags.items()]
+    if "robustness" in findings.study.setting.measures and findings.results and not flags:
+        notes.append("The evaluation flagged no run; [what it looks for](../evaluation.md), masked gradients among it.")
     if notes:
         yield "\n".join(f"* {note.strip()}" for note in notes)
 
 
-def _attacks(findings: Findings) -> Iterable[str]:
-    """What the attacks were, and on how many images."""
+def _attack_measures(findings: Findings) -> list[Mapping[str, Any]]:
     setting = findings.study.setting
     measures = {**setting.measures, **setting.sizes[findings.place.size].measures}
-    for name in ("robustness", "autoattack"):
-        if name in measures:
-            block = measures[name]
-            yield (
-                f"Attacks `{block['attacks']}` within {block['eps']} in l-infinity, each from one start, on "
-                f"{block.get('num_images', 'all')} test images, of {' and '.join(block.get('of', ('last', 'best')))}."
-            )
-    counts = {measures[name].get("num_images") for name in ("robustness", "autoattack") if name in measures}
-    if len(counts) > 1:
+    return [measures[name] for name in ("robustness", "autoattack") if name in measures]
+
+
+def _caption(findings: Findings) -> Iterable[str]:
+    """What the attacks were, in short."""
+    blocks = _attack_measures(findings)
+    if blocks:
+        sets = " and ".join(f"`{block['attacks']}` on {block.get('num_images', 'all')}" for block in blocks)
+        yield f"Attacks within {blocks[0]['eps']} in l-infinity, each from one start: {sets} test images."
+
+
+def _attacks(findings: Findings) -> Iterable[str]:
+    """What the attacks were, and on how many images."""
+    blocks = _attack_measures(findings)
+    for block in blocks:
+        yield (
+            f"Attacks `{block['attacks']}` within {block['eps']} in l-infinity, each from one start, on "
+            f"{block.get('num_images', 'all')} test images, of {' and '.join(block.get('of', ('last', 'best')))}."
+        )
+    if len({block.get("num_images") for block in blocks}) > 1:
         yield "Columns of attacks on other images, which may be easier ones, do not compare with each other."
 
 
@@ -264,11 +276,13 @@ def _setup(findings: Findings) -> Iterable[str]:
             "*last* is the checkpoint of the last epoch, *best* the one that withstood PGD-10 best on the validation "
             "images: checkpoints are selected without the test images. Clean accuracy is on all of these."
         )
+    trained = any(variant.config for variant in study.variants)
+    pairing = "; students with a teacher then began with equal weights and saw equal batches" if trained else ""
     yield (
-        "Means over the seeds, with 95 % intervals of Student's t. A difference is taken seed by seed: students with a "
-        "teacher then began with equal weights and, but for DARWIN's pairs, saw equal batches. Its interval is for "
-        "other seeds and, where the outcome of every image is known, other images too. Where it contains zero there is "
-        "*no difference*; of twenty such comparisons without any difference, one is expected to look like one."
+        f"Means over the seeds, with 95 % intervals of Student's t. A difference is taken seed by seed{pairing}. Its "
+        "interval is for other seeds and, where the outcome of every image is known, other images too. Where it "
+        "contains zero there is *no difference*; of twenty such comparisons without any difference, one is expected to "
+        "look like one."
     )
     results = [result for of_variant in findings.results.values() for result in of_variant.values()]
     if results:
