@@ -17,7 +17,7 @@ from torchdistill_adv.errors import ConfigError
 from torchdistill_adv.evaluation.results import write_json
 from torchdistill_adv.runner import run as run_config
 
-NUM_TRAIN = 1280
+NUM_TRAIN = 640
 
 
 def times_file(study: Study, place: Place) -> Path:
