@@ -152,7 +152,7 @@ def _against_reference(findings: Findings) -> Iterable[str]:
             groups.setdefault(found.verdict, []).append(variant.name)
     for verdict in ("higher", "no difference", "lower"):
         if verdict in groups:
-            yield f"{heading}, against {name}: **{verdict}** {', '.join(groups[verdict])}"
+            yield f"{heading}, against {name}: **{verdict}** {'; '.join(groups[verdict])}"
 
 
 def table(
