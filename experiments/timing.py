@@ -64,8 +64,7 @@ def time_study(study: Study, place: Place, rounds: int, device: str | None = Non
         if number:
             seconds[run.variant.name].append(taken)
             print(f"{run.variant.name}: {taken:.1f} s", flush=True)
-    fingerprints = {run.variant.name: run.fingerprint()["training"] for run in runs}
-    state = [git_state(run, {"training": fingerprints[run.variant.name]}) for run in runs]
+    state = [git_state(run, run.fingerprint()) for run in runs]
     found = {
         "study": study.name,
         "num_train": NUM_TRAIN,
