@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from experiments.fingerprint import is_code
 from experiments.intervals import Estimate, estimate, estimate_with_images
 from experiments.measure import unpack
 from experiments.runs import Place, Run, runs_of
 from experiments.study import Study, Variant
-from experiments.timing import read_times, relative_times
+from experiments.timing import outdated_times, read_times, relative_times
 
 Result = Mapping[str, Any]
 
@@ -28,6 +29,7 @@ class Findings:
         missing: runs that were not done, or with a result of another configuration.
         outdated: runs with a result of other code, and the files that have changed since; it is among the results.
         times: what :func:`experiments.timing.time_study` has written.
+        outdated_times: what has changed since, by variant; those with another configuration have no time.
     """
 
     study: Study
@@ -36,6 +38,7 @@ class Findings:
     missing: tuple[Run, ...]
     outdated: tuple[tuple[Run, tuple[str, ...]], ...]
     times: Mapping[str, Any]
+    outdated_times: Mapping[str, Sequence[str]]
 
     @classmethod
     def read(cls, study: Study, place: Place) -> Findings:
@@ -44,13 +47,14 @@ class Findings:
         missing, outdated = [], []
         for run in runs_of(study, place):
             result, differs = run.result(), run.differs()
-            if result is None or differs is None or not all(name.endswith(".py") for name in differs):
+            if result is None or differs is None or not is_code(differs):
                 missing.append(run)
                 continue
             results.setdefault(run.variant.name, {})[run.seed] = result
             if differs:
                 outdated.append((run, tuple(differs)))
-        return cls(study, place, results, tuple(missing), tuple(outdated), read_times(study, place))
+        times = read_times(study, place)
+        return cls(study, place, results, tuple(missing), tuple(outdated), times, outdated_times(times, study, place))
 
     @property
     def variants(self) -> list[Variant]:
@@ -65,7 +69,8 @@ class Findings:
     def values(self, name: str, measure: str) -> dict[int, float]:
         """A measure of a variant by seed, or ``time`` by round; empty where it has none."""
         if measure == "time":
-            return relative_times(self.times, name, self.study.timed)
+            holds = all(is_code(self.outdated_times.get(each, ())) for each in (name, self.study.timed))
+            return relative_times(self.times, name, self.study.timed) if holds else {}
         found = {seed: value_of(result, measure) for seed, result in self.results.get(name, {}).items()}
         return {seed: value for seed, value in found.items() if value is not None}
 

@@ -175,3 +175,8 @@ def differing(old: Any, new: Any, name: str = "") -> list[str]:
         return [] if old == new else [name]
     found = [part for key in sorted(old.keys() | new.keys()) for part in differing(old.get(key), new.get(key), key)]
     return list(dict.fromkeys(found))
+
+
+def is_code(differs: Iterable[str]) -> bool:
+    """Whether what fingerprints differ in is code alone: the configuration that was asked for is the same."""
+    return all(name.endswith(".py") for name in differs)

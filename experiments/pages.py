@@ -171,12 +171,14 @@ def table(
         cells = [f"{label}: {variant.note}" if variant.note else label, str(len(findings.results[variant.name]))]
         for measure, heading in columns.items():
             found = findings.estimate(variant.name, measure)
-            cells.append(_cell(found, heading))
+            is_old = measure == "time" and findings.outdated_times.keys() & {variant.name, findings.study.timed}
+            cells.append(_cell(found, heading) + OUTDATED * bool(found and is_old))
         if reference:
             found = findings.difference(variant.name, reference["variant"], reference["measure"])
             cells.append("" if found is None else f"{found.text(1, sign=True)}{_mark(found)}")
         lines.append(cells)
-    return _markdown(lines) + (f"\n\n{OUTDATED.strip()} of older code, until it is run again" * bool(findings.marked))
+    is_marked = any(OUTDATED in cell for cells in lines for cell in cells)
+    return _markdown(lines) + f"\n\n{OUTDATED.strip()} of older code, until it is run again" * is_marked
 
 
 def with_table(text: str, findings: Findings) -> str:
@@ -325,6 +327,9 @@ def _times(findings: Findings) -> Iterable[str]:
             f"{times['num_train']} images, {_machine(times['machine'])}, commit {_commit(times)}: "
             f"`python -m experiments time {study.name}`"
         )
+    if findings.outdated_times:
+        changed = ", ".join(sorted({name for differs in findings.outdated_times.values() for name in differs}))
+        yield f"{OUTDATED.strip()} timed before these changed: {changed}; without a time, if it was not code"
 
 
 def _commit(result: Mapping[str, Any]) -> str:

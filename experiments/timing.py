@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.fingerprint import differing
 from experiments.runs import Place, Run, runs_of
 from experiments.study import Study
 from experiments.work import git_state, machine
@@ -29,6 +30,14 @@ def read_times(study: Study, place: Place) -> dict[str, Any]:
     """What :func:`time_study` has written; nothing if it has not."""
     file = times_file(study, place)
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def outdated_times(times: Mapping[str, Any], study: Study, place: Place) -> dict[str, list[str]]:
+    """What has changed since the variants were timed, by variant; nothing of those that would train as they did."""
+    then = times.get("fingerprint", {})
+    runs = {run.variant.name: run for run in first_runs(study, place) if run.variant.name in then}
+    found = {name: differing(then[name], run.fingerprint()["training"]) for name, run in runs.items()}
+    return {name: differs for name, differs in found.items() if differs}
 
 
 def relative_times(times: Mapping[str, Any], name: str, reference: str) -> dict[int, float]:
@@ -54,7 +63,8 @@ def time_study(study: Study, place: Place, rounds: int, device: str | None = Non
     Raises:
         ConfigError: a teacher that was not trained yet.
     """
-    runs = [run for run in runs_of(study, place) if run.seed == 0]
+    runs = first_runs(study, place)
+    fingerprints = [run.fingerprint() for run in runs]
     for run in runs:
         if run.teacher is not None and not run.teacher.is_done:
             raise ConfigError("was not trained yet; run the study first", run.teacher.name)
@@ -64,7 +74,7 @@ def time_study(study: Study, place: Place, rounds: int, device: str | None = Non
         if number:
             seconds[run.variant.name].append(taken)
             print(f"{run.variant.name}: {taken:.1f} s", flush=True)
-    state = [git_state(run, run.fingerprint()) for run in runs]
+    state = [git_state(*each) for each in zip(runs, fingerprints, strict=True)]
     found = {
         "study": study.name,
         "num_train": NUM_TRAIN,
@@ -73,10 +83,16 @@ def time_study(study: Study, place: Place, rounds: int, device: str | None = Non
         "changed": any(each["changed"] for each in state),
         "machine": machine(device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "fingerprint": {run.variant.name: each["training"] for run, each in zip(runs, fingerprints, strict=True)},
     }
     file = times_file(study, place)
     write_json(found, file)
     return file
+
+
+def first_runs(study: Study, place: Place) -> list[Run]:
+    """Those of the first seed."""
+    return [run for run in runs_of(study, place) if run.seed == 0]
 
 
 def _train_briefly(run: Run, device: str | None) -> float:

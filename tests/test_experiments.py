@@ -634,6 +634,22 @@ def test_times_are_of_trainings_in_turn(done, tmp_path, monkeypatch, with_packs)
     own, other = times["seconds"]["RSLAD"], times["seconds"]["PGD-AT"]
     assert findings.values("RSLAD", "time") == {i: own[i] / other[i] for i in (0, 1)}
     assert "2 rounds, on 32 images" in pages.page(findings) and "| 1.00 ± 0.00 |" in pages.page(findings)
+    # they tell with what they were taken, as results do
+    training = times["fingerprint"]["RSLAD"]
+    assert training == next(iter(runs_of(study, place, ["RSLAD"]))).fingerprint()["training"]
+    training["code"]["torchdistill_adv/losses/rslad.py"] = "another"
+    file.write_text(json.dumps(times))
+    text = pages.page(findings_of(folder))
+    assert text.count("| 1.00 ± 0.00 |") == 1 and "timed before these changed: torchdistill_adv/losses/rslad.py" in text
+    [line] = [line for line in text.splitlines() if line.startswith("| [RSLAD]")]
+    assert line.rstrip(" |").endswith("†") or " † |" in line
+    training["config"] = "another"
+    file.write_text(json.dumps(times))
+    findings = findings_of(folder)
+    assert findings.values("RSLAD", "time") == {} and len(findings.values("PGD-AT", "time")) == 2
+    times["fingerprint"]["PGD-AT"]["config"] = "another"
+    file.write_text(json.dumps(times))
+    assert findings_of(folder).values("PGD-AT", "time") == {}
 
 
 # other measures
