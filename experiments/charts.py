@@ -41,7 +41,7 @@ def differences(findings: Findings, heading: str) -> Figure:
     return _rows({heading: rows}, [name for name, _ in rows], zero=True)
 
 
-def lines(findings: Findings, y: str, headings: Sequence[str], log: bool = False) -> Figure:
+def lines(findings: Findings, y: str, headings: Sequence[str]) -> Figure:
     """A line for all variants of one name before ``, K =``, over the number of particles."""
     from matplotlib.figure import Figure
 
@@ -54,12 +54,15 @@ def lines(findings: Findings, y: str, headings: Sequence[str], log: bool = False
         if found is not None:
             groups.setdefault(name, []).append((int(count), found))
     for number, (name, points) in enumerate(groups.items()):
-        counts, values = [count for count, _ in points], [value for _, value in points]
-        errors = [value.half_width or 0 for value in values]
-        axes.errorbar(counts, [value.mean for value in values], errors, label=name, capsize=3, **look(number))
-    axes.set(xlabel=headings[0], ylabel=headings[1])
-    if log:
-        axes.set_yscale("log")
+        # side by side, as equal values would hide each other
+        places = [count + 0.08 * (number - (len(groups) - 1) / 2) for count, _ in points]
+        errors = [value.half_width or 0 for _, value in points]
+        axes.errorbar(places, [value.mean for _, value in points], errors, label=name, capsize=3, **look(number))
+    axes.set(
+        xlabel=headings[0],
+        ylabel=headings[1],
+        xticks=sorted({count for points in groups.values() for count, _ in points}),
+    )
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
