@@ -195,8 +195,8 @@ def with_table(text: str, findings: Findings) -> str:
 
 
 def digits_of(heading: str) -> int:
-    """Decimals of a column: percent have one, times two, other measures three."""
-    return 1 if "%" in heading else 2 if "time" in heading else 3
+    """Decimals of a column: percent and counts of images have one, times two, other measures three."""
+    return 1 if "%" in heading or heading.startswith("images") else 2 if "time" in heading else 3
 
 
 def _cell(found: Estimate | None, heading: str) -> str:
